@@ -1,0 +1,91 @@
+# Copyright The podgate Authors
+# SPDX-License-Identifier: Apache-2.0
+
+# Everything but `generate`, `check-generated` and `lint` needs Go and make
+# only: the eBPF objects are committed.
+
+GO        ?= go
+BPF_CLANG ?= clang-19
+BPF_STRIP ?= llvm-strip-19
+CLANG_FORMAT ?= clang-format-19
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+GOBUILD  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+
+# Flags for `go test`, for example TESTFLAGS='-run Fragment -v'.
+TESTFLAGS  ?= -timeout 15m
+BENCHFLAGS ?=
+
+# test/oracle links other evaluators of network policy: its requirements stay
+# out of ours.
+MODULES  = . $(patsubst %/go.mod,%,$(wildcard test/*/go.mod))
+C_FILES  = $(shell find bpf test -name '*.[ch]')
+LINT     = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod golangci-lint
+
+# Static binaries, and no C compiler needed to build or test.
+export CGO_ENABLED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## put podgate, podgate-cni and podgate-ipam in bin/
+	$(GOBUILD) -o bin/podgate-cni ./plugin
+	$(GOBUILD) -o bin/podgate ./cmd/podgate
+	ln -f bin/podgate-cni bin/podgate-ipam
+
+.PHONY: demo
+demo: build root ## policy on real pods, step by step (as root)
+	$(GO) run ./test/demo
+
+.PHONY: test
+test: root ## all tests (as root)
+	@set -e; for module in $(MODULES); do \
+		echo "$(GO) -C $$module test $(TESTFLAGS) ./..."; \
+		$(GO) -C $$module test $(TESTFLAGS) ./...; \
+	done
+
+.PHONY: test-unit
+test-unit: ## the tests that need no root
+	$(GO) test -short $(TESTFLAGS) ./...
+
+.PHONY: bench
+bench: root ## benchmarks, against floors measured in the same run (as root)
+	$(GO) test -run '^$$' -bench . -timeout 30m $(BENCHFLAGS) ./test/bench
+
+.PHONY: root
+root:
+	@test "$$(id -u)" = 0 || { \
+		echo "'make $(MAKECMDGOALS)' makes network namespaces and loads eBPF: run it as root."; \
+		echo "'make test-unit' needs no root."; \
+		exit 1; } >&2
+
+.PHONY: lint
+lint: ## golangci-lint, import rules, clang-format
+	@set -e; for module in $(MODULES); do \
+		echo "golangci-lint: $$module"; \
+		(cd $$module && $(LINT) run --config $(CURDIR)/.golangci.yml ./...); \
+	done
+	@! $(GO) list -deps ./plugin | \
+		grep -E '^(k8s\.io|sigs\.k8s\.io|google\.golang\.org/grpc|github\.com/prometheus|github\.com/spf13)/' || \
+		{ echo "the plugin must stay slim: it links the packages above" >&2; exit 1; }
+	$(CLANG_FORMAT) --dry-run -Werror $(C_FILES)
+
+.PHONY: format
+format: ## rewrite sources as lint wants them
+	@set -e; for module in $(MODULES); do \
+		(cd $$module && $(LINT) fmt --config $(CURDIR)/.golangci.yml ./...); \
+	done
+	$(CLANG_FORMAT) -i $(C_FILES)
+
+.PHONY: generate
+generate: ## compile bpf/*.c and generate the Go side of it
+	BPF2GO_CC=$(BPF_CLANG) BPF2GO_STRIP=$(BPF_STRIP) $(GO) generate ./...
+
+.PHONY: check-generated
+check-generated: generate ## fail if what is committed is not what generate makes
+	git diff --exit-code -- ':(glob)**/*_bpfel.*'
+	@test -z "$$(git ls-files --others --exclude-standard ':(glob)**/*_bpfel.*')" || \
+		{ echo "generated files are not committed" >&2; exit 1; }
