@@ -1,0 +1,71 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package manifest
+
+import (
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metavalidation "k8s.io/apimachinery/pkg/apis/meta/v1/validation"
+	"k8s.io/apimachinery/pkg/util/validation"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/podgate/podgate/bpf/policy"
+)
+
+// Key names an object the way people do. Namespace is empty for namespaces.
+type Key struct {
+	Kind, Namespace, Name string
+}
+
+// String is "Kind namespace/name".
+func (k Key) String() string { return objectName(k.Kind, k.Namespace, k.Name) }
+
+// Object is a translated object. Exactly one of Policy, Pod, Namespace is set.
+type Object struct {
+	Key
+	// File, Line and Document say where the object was read, counted from 1;
+	// they are zero for objects that come from no file.
+	File           string
+	Line, Document int
+
+	Policy    *policy.Policy
+	Pod       *policy.Pod
+	Namespace *policy.Namespace
+
+	// Node is where a pod runs or will run; empty if not said.
+	Node string
+	// Audit puts a namespace's pods in audit mode. A pod has its own flag.
+	Audit bool
+}
+
+// Translate translates a *NetworkPolicy, *Pod or *Namespace. The error is an
+// [*InvalidError].
+func Translate(obj any) (Object, error) {
+	switch obj := obj.(type) {
+	case *networkingv1.NetworkPolicy:
+		p, err := Policy(obj)
+		if err != nil {
+			return Object{}, err
+		}
+		return Object{Key: Key{KindNetworkPolicy, p.Namespace, p.Name}, Policy: &p}, nil
+	case *corev1.Pod:
+		p, err := Pod(obj)
+		if err != nil {
+			return Object{}, err
+		}
+		return Object{Key: Key{"Pod", p.Namespace, p.Name}, Pod: &p, Node: obj.Spec.NodeName}, nil
+	case *corev1.Namespace:
+		errs := validateMeta(&obj.ObjectMeta, validation.IsDNS1123Label)
+		errs = append(errs, metavalidation.ValidateLabels(obj.Labels, field.NewPath("metadata", "labels"))...)
+		audit, e := audited(&obj.ObjectMeta)
+		if errs = append(errs, e...); len(errs) > 0 {
+			return Object{}, &InvalidError{"Namespace", "", obj.Name, errs}
+		}
+		ns := Namespace(obj)
+		return Object{Key: Key{"Namespace", "", ns.Name}, Namespace: &ns, Audit: audit}, nil
+	}
+	return Object{}, fmt.Errorf("%T is no NetworkPolicy, Pod or Namespace", obj)
+}
