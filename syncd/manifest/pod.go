@@ -148,7 +148,7 @@ func namedPorts(spec *corev1.PodSpec) (out []policy.NamedPort, errs field.ErrorL
 				continue
 			}
 			if !slices.ContainsFunc(out, func(o policy.NamedPort) bool { return o.Name == p.Name && o.Protocol == proto }) {
-				out = append(out, policy.NamedPort{Name: p.Name, Protocol: proto, Port: uint16(p.ContainerPort)}) //nolint:gosec // validated above
+				out = append(out, policy.NamedPort{Name: p.Name, Protocol: proto, Port: uint16(p.ContainerPort)})
 			}
 		}
 	}

@@ -224,7 +224,7 @@ func translatePort(p *networkingv1.NetworkPolicyPort, path *field.Path) (policy.
 		if len(errs) > 0 {
 			return policy.Port{}, errs
 		}
-		out.First, out.Last = uint16(first), uint16(last) //nolint:gosec // validated above to be 1-65535
+		out.First, out.Last = uint16(first), uint16(last)
 		return out, nil
 	default:
 		return policy.Port{}, append(errs, field.Invalid(portPath, p.Port.Type, "must be a number or a name"))

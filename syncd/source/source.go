@@ -1,0 +1,44 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+// Package source delivers the objects that policy is made of.
+//
+// A [Source] knows where objects come from and nothing of what becomes of
+// them. [Directory] reads Kubernetes manifests from files.
+package source
+
+import (
+	"context"
+	"time"
+
+	"github.com/podgate/podgate/syncd/manifest"
+)
+
+// Source is a place that objects come from.
+type Source interface {
+	// Load reads the whole state once. Faults of single objects are problems
+	// of the batch; the error means that there is no state to speak of.
+	Load(ctx context.Context) (Batch, error)
+	// Run delivers the whole state and then each change of it, one batch at a
+	// time, until ctx is done. It returns earlier, with an error, only when
+	// there was no state to deliver.
+	Run(ctx context.Context, deliver func(Batch)) error
+}
+
+// Batch is a change of state: what is new or different, and what is gone.
+type Batch struct {
+	Set  []manifest.Object
+	Gone []manifest.Key
+	// Problems are all that stand after the batch.
+	Problems []Problem
+}
+
+// Problem is something wrong that a person should look at. What it concerns
+// stays as it was before.
+type Problem struct {
+	// Subject is the file, endpoint or policy concerned.
+	Subject string `json:"subject"`
+	Reason  string `json:"reason"`
+	// Since is when it was first seen.
+	Since time.Time `json:"since"`
+}
