@@ -82,7 +82,8 @@ format: ## rewrite sources as lint wants them
 
 .PHONY: generate
 generate: ## compile bpf/*.c and generate the Go side of it
-	BPF2GO_CC=$(BPF_CLANG) BPF2GO_STRIP=$(BPF_STRIP) $(GO) generate ./...
+	BPF2GO_CC=$(BPF_CLANG) BPF2GO_STRIP=$(BPF_STRIP) \
+	BPF2GO_CFLAGS="-I/usr/include/$$(uname -m)-linux-gnu" $(GO) generate ./...
 
 .PHONY: check-generated
 check-generated: ## fail if the generated files are not what generate makes

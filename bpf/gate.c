@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
+// Copyright The podgate Authors
+/*
+ * The two programs on the host end of a pod's veth. from_pod judges what the
+ * pod sends (tc ingress hook), to_pod what it receives (tc egress hook). An
+ * allowed packet goes on to the programs of others (TC_ACT_UNSPEC, TCX_NEXT).
+ */
+#include <linux/pkt_cls.h>
+
+#include "include/verdict.h"
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
+
+/* Makes bpf2go see the enums that no map value is typed with. */
+const enum direction *const unused_direction __attribute__((unused));
+const enum action *const unused_action __attribute__((unused));
+const enum verdict *const unused_verdict __attribute__((unused));
+const enum reason *const unused_reason __attribute__((unused));
+const enum gate_flags *const unused_gate_flags __attribute__((unused));
+const enum ruleset_flags *const unused_ruleset_flags __attribute__((unused));
+const enum flow_kind *const unused_flow_kind __attribute__((unused));
+const enum flow_state *const unused_flow_state __attribute__((unused));
+const enum flow_flags *const unused_flow_flags __attribute__((unused));
+const enum event_type *const unused_event_type __attribute__((unused));
+const struct event *const unused_event __attribute__((unused));
+
+/* unusual() left a flow to be looked up. */
+#define CONTINUE 256
+
+/*
+ * Parses what is not a common shape and settles what has no flow.
+ */
+__noinline int unusual(struct __sk_buff *skb, __u32 where)
+{
+	struct scratch *s = scratch_get();
+	struct gate *gate = gate_at(where);
+	__u32 dir = WHERE_DIR(where);
+	__u32 ruleset, reason;
+
+	if (!s || !gate)
+		return TC_ACT_SHOT;
+	ruleset = ruleset_of(gate_rulesets(gate), dir);
+	parse_slow(skb, dir);
+	s->packet.key.endpoint = gate->endpoint;
+	switch (s->packet.shape) {
+	case SHAPE_FLOW:
+		return CONTINUE;
+	case SHAPE_NEIGHBOUR:
+		reason = check_neighbour(skb, gate, &s->packet, where);
+		if (reason)
+			return refuse_for(skb, reason, where);
+		break;
+	case SHAPE_ALIEN:
+		if (ruleset == RULESET_OPEN)
+			break;
+		return refuse_for(skb, REASON_ETHERTYPE, where);
+	case SHAPE_FRAGMENT:
+		if (recall_fragment(dir))
+			return CONTINUE;
+		if (spoofs(gate, &s->packet, dir))
+			return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
+		if (ruleset == RULESET_OPEN)
+			break;
+		return refuse_for(skb, REASON_FRAGMENT, where);
+	case SHAPE_ERROR:
+		if (spoofs(gate, &s->packet, dir) || !related(skb, where))
+			return judge_stateless(skb, where);
+		if (s->packet.first_fragment)
+			remember_fragment(dir);
+		break;
+	case SHAPE_STATELESS:
+		return judge_stateless(skb, where);
+	default:
+		return refuse_for(skb, s->packet.reason, where);
+	}
+	count(skb, WHERE_SLOT(where), dir, true);
+	return TC_ACT_UNSPEC;
+}
+
+/*
+ * Does a packet without a flow open one? What answers does not: a forged
+ * answer must not let questions in.
+ */
+static __always_inline bool opens_flow(const struct packet *p)
+{
+	if (p->key.protocol == IPPROTO_TCP)
+		return !(p->tcp_flags & TCP_RST) &&
+		       (p->tcp_flags & (TCP_SYN | TCP_ACK)) !=
+			       (TCP_SYN | TCP_ACK);
+	if (p->key.protocol == IPPROTO_ICMP)
+		return p->icmp_type == ICMP_ECHO;
+	if (p->key.protocol == IPPROTO_ICMPV6)
+		return p->icmp_type == ICMPV6_ECHO_REQUEST;
+	return true;
+}
+
+/* An allowed packet of a flow: state, life, counters. */
+static __always_inline int pass(struct __sk_buff *skb, __u8 tcp_flags,
+				struct flow *f, __u32 where)
+{
+	__u32 dir = WHERE_DIR(where);
+	__u64 now = bpf_jiffies64();
+
+	if ((tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) ||
+	    (f->state == FLOW_NEW && dir != f->direction))
+		flow_advance(f, tcp_flags, dir, now);
+	else if (now - f->seen > jiffies_per_second)
+		flow_touch(f, now);
+	f->packets[dir]++;
+	f->bytes[dir] += skb->len;
+	if (f->rule)
+		count_rule(skb, f->rule);
+	count(skb, WHERE_SLOT(where), dir, true);
+	return TC_ACT_UNSPEC;
+}
+
+/* Enters the flow of the first packet, in scratch, which was allowed. */
+__noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 valid)
+{
+	struct scratch *s = scratch_get();
+	struct gate *gate = gate_at(where);
+	__u32 dir = WHERE_DIR(where);
+	struct judgement *j;
+	struct packet *p;
+	struct flow *f;
+	__u64 now_ns;
+
+	if (!s || !gate)
+		return TC_ACT_SHOT;
+	p = &s->packet;
+	j = &s->judgement;
+	f = &s->flow;
+	__builtin_memset(f, 0, sizeof(*f));
+	now_ns = bpf_ktime_get_ns();
+	f->valid = valid;
+	f->identity = flow_identity(&p->key);
+	f->created_ns = now_ns;
+	f->rule = j->rule;
+	f->ruleset = j->ruleset;
+	f->class = j->class;
+	f->owner = j->owner;
+	f->direction = dir;
+	f->kind = flow_kind_of(p->key.protocol);
+	f->reason = j->reason;
+	f->verdict =
+		j->action == ACTION_ALLOW ? VERDICT_ALLOWED : VERDICT_AUDITED;
+	if (j->reason == REASON_NODE && dir == DIRECTION_INGRESS)
+		f->flags |= FLOW_NODE;
+	if (dir == DIRECTION_EGRESS || is_own(gate->endpoint, &p->key.local))
+		f->flags |= FLOW_VERIFIED;
+	/* Open since before podgate: there will be no handshake. */
+	if (p->key.protocol == IPPROTO_TCP && !tcp_opens(p->tcp_flags))
+		f->state = FLOW_ESTABLISHED;
+	if (p->tcp_flags & TCP_FIN)
+		f->state = FLOW_CLOSING;
+	f->packets[dir] = 1;
+	f->bytes[dir] = skb->len;
+	flow_touch(f, bpf_jiffies64());
+	if (bpf_map_update_elem(&flows, &p->key, f, BPF_ANY))
+		return refuse_for(skb, REASON_TABLE, where);
+	emit(skb, f->verdict == VERDICT_ALLOWED ? EVENT_FLOW : EVENT_AUDIT, dir,
+	     now_ns);
+	if (j->rule)
+		count_rule(skb, j->rule);
+	count(skb, WHERE_SLOT(where), dir, true);
+	return TC_ACT_UNSPEC;
+}
+
+/*
+ * The packet in scratch, whose flow is unknown, expired or judged under older
+ * rules. The epoch is read before the classes, so a change in between is seen
+ * at the next packet.
+ */
+__noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
+{
+	struct scratch *s = scratch_get();
+	struct gate *gate = gate_at(where);
+	__u32 epoch = current_epoch();
+	__u32 dir = WHERE_DIR(where);
+	struct flow *f = NULL;
+	__u64 rulesets, valid;
+	struct judgement *j;
+	bool alive = false;
+	struct packet *p;
+
+	if (!s || !gate)
+		return TC_ACT_SHOT;
+	p = &s->packet;
+	j = &s->judgement;
+	rulesets = gate_rulesets(gate);
+	valid = flow_valid(flow_identity(&p->key), rulesets, epoch);
+	if (spoofs(gate, p, dir))
+		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
+	if (known)
+		f = bpf_map_lookup_elem(&flows, &p->key);
+	if (f)
+		alive = f->identity == flow_identity(&p->key) &&
+			!flow_expired(f, bpf_jiffies64());
+	/* A SYN from the other side asks for a connection of its own. */
+	if (f && alive && (dir == f->direction || !tcp_opens(p->tcp_flags)) &&
+	    judge_flow(j, rulesets, f, p->key.protocol, false)) {
+		if (j->action == ACTION_DENY && !(gate->flags & GATE_AUDIT))
+			return refuse(skb, where);
+		f->verdict = j->action == ACTION_ALLOW ? VERDICT_ALLOWED :
+							 VERDICT_AUDITED;
+		f->rule = j->rule;
+		f->ruleset = j->ruleset;
+		f->class = j->class;
+		f->reason = j->reason;
+		if (j->owner)
+			f->owner = j->owner;
+		f->valid = valid;
+		return pass(skb, p->tcp_flags, f, where);
+	}
+
+	judge(ruleset_of(rulesets, dir),
+	      HOW(dir, from_node(skb, dir), false, icmp_coordinate(p)));
+	if (j->action == ACTION_DENY &&
+	    (!opens_flow(p) || !(gate->flags & GATE_AUDIT)))
+		return refuse(skb, where);
+	if (!opens_flow(p) ||
+	    (f && alive && f->state < FLOW_CLOSING && dir != f->direction)) {
+		count(skb, WHERE_SLOT(where), dir, true);
+		return TC_ACT_UNSPEC;
+	}
+	return open_flow(skb, where, valid);
+}
+
+/*
+ * A packet through conntrack. p is complete; in_scratch says that it is the
+ * one in scratch.
+ */
+static __always_inline int track(struct __sk_buff *skb, struct gate *gate,
+				 struct packet *p, __u32 where, bool in_scratch)
+{
+	struct flow *f = bpf_map_lookup_elem(&flows, &p->key);
+	__u32 dir = WHERE_DIR(where);
+	struct scratch *s;
+	int action;
+
+	if (f &&
+	    f->valid == flow_valid(flow_identity(&p->key), gate_rulesets(gate),
+				   current_epoch()) &&
+	    !flow_expired(f, bpf_jiffies64()) &&
+	    (dir == f->direction || !tcp_opens(p->tcp_flags)) &&
+	    (dir == DIRECTION_INGRESS || (f->flags & FLOW_VERIFIED))) {
+		action = pass(skb, p->tcp_flags, f, where);
+	} else {
+		if (!in_scratch) {
+			s = scratch_get();
+			if (!s)
+				return TC_ACT_SHOT;
+			s->packet = *p;
+		}
+		action = decide(skb, where, f != NULL);
+	}
+	return action;
+}
+
+/* A packet of an unusual shape. */
+__noinline int slow_path(struct __sk_buff *skb, __u32 where)
+{
+	struct scratch *s = scratch_get();
+	struct gate *gate = gate_at(where);
+	int action;
+
+	if (!s || !gate)
+		return TC_ACT_SHOT;
+	action = unusual(skb, where);
+	if (action != CONTINUE)
+		return action;
+	action = track(skb, gate, &s->packet, where, true);
+	if (action == TC_ACT_UNSPEC && s->packet.first_fragment)
+		remember_fragment(WHERE_DIR(where));
+	return action;
+}
+
+/* A frame from or to a MAC address that is not the endpoint's. */
+__noinline int wrong_mac(struct __sk_buff *skb, __u32 where, __u32 reason)
+{
+	struct scratch *s = scratch_get();
+	struct gate *gate = gate_at(where);
+
+	if (!s || !gate)
+		return TC_ACT_SHOT;
+	parse_slow(skb, WHERE_DIR(where));
+	s->packet.key.endpoint = gate->endpoint;
+	return refuse_for(skb, reason, where);
+}
+
+/* Runs a probe (see types.h): the answer goes back in cb[]. */
+__noinline int probe(struct __sk_buff *skb, __u32 dir)
+{
+	__u32 slot = skb->cb[1] & gate_mask;
+	struct scratch *s = scratch_get();
+	struct gate *gate = gate_at(WHERE(slot, dir));
+	struct judgement *j;
+
+	if (!s || !gate)
+		return TC_ACT_SHOT;
+	j = &s->judgement;
+	__builtin_memset(j, 0, sizeof(*j));
+	parse_slow(skb, dir);
+	s->packet.key.endpoint = gate->endpoint;
+	if (s->packet.shape == SHAPE_BAD)
+		j->reason = s->packet.reason;
+	else if (spoofs(gate, &s->packet, dir))
+		j->reason = REASON_SPOOFED_ADDRESS;
+	else
+		judge(ruleset_of(gate_rulesets(gate), dir),
+		      HOW(dir, skb->cb[2] & PROBE_LOCAL_ORIGIN, false,
+			  icmp_coordinate(&s->packet)));
+	skb->cb[0] = j->action == ACTION_ALLOW  ? VERDICT_ALLOWED :
+		     (gate->flags & GATE_AUDIT) ? VERDICT_AUDITED :
+						  VERDICT_DENIED;
+	skb->cb[1] = j->reason;
+	skb->cb[2] = j->rule;
+	skb->cb[3] = j->class;
+	skb->cb[4] = j->ruleset;
+	return skb->cb[0] == VERDICT_DENIED ? TC_ACT_SHOT : TC_ACT_UNSPEC;
+}
+
+/* The hook is on an interface that no endpoint owns, or this is a probe. */
+__noinline int no_gate(struct __sk_buff *skb, __u32 dir)
+{
+	if (skb->ifindex == PROBE_LOOPBACK && skb->cb[0] == PROBE_MAGIC)
+		return probe(skb, dir);
+	count_drop(skb, REASON_NO_GATE, dir);
+	return TC_ACT_SHOT;
+}
+
+static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
+{
+	struct packet p = {};
+	struct gate *gate;
+	__u32 slot, where;
+	__u8 reason;
+
+	gate = find_gate(skb->ifindex, &slot);
+	if (!gate)
+		return no_gate(skb, dir);
+	where = WHERE(slot, dir);
+	reason = check_mac(skb, gate, dir);
+	if (reason)
+		return wrong_mac(skb, where, reason);
+	if (!parse_fast(skb, dir, &p))
+		return slow_path(skb, where);
+	p.key.endpoint = gate->endpoint;
+	return track(skb, gate, &p, where, false);
+}
+
+SEC("tc")
+int from_pod(struct __sk_buff *skb)
+{
+	return gate_packet(skb, DIRECTION_EGRESS);
+}
+
+SEC("tc")
+int to_pod(struct __sk_buff *skb)
+{
+	return gate_packet(skb, DIRECTION_INGRESS);
+}

@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Copyright The podgate Authors */
+/* Counters and ring-buffer records. */
+#pragma once
+
+#include <bpf/bpf_helpers.h>
+
+#include "maps.h"
+#include "packet.h"
+
+/* Bytes that may wait in the ring before its consumer is woken. */
+#define EVENTS_WAKE 65536
+
+static __always_inline void count(struct __sk_buff *skb, __u32 slot, __u32 dir,
+				  bool allowed)
+{
+	struct endpoint_counters *c =
+		bpf_map_lookup_elem(&endpoint_counters, &slot);
+
+	if (!c)
+		return;
+	if (allowed) {
+		c->allowed_packets[dir & 1]++;
+		c->allowed_bytes[dir & 1] += skb->len;
+	} else {
+		c->dropped_packets[dir & 1]++;
+		c->dropped_bytes[dir & 1] += skb->len;
+	}
+}
+
+static __always_inline void count_rule(struct __sk_buff *skb, __u32 rule)
+{
+	struct counter *c = bpf_map_lookup_elem(&rule_counters, &rule);
+
+	if (c) {
+		c->packets++;
+		c->bytes += skb->len;
+	}
+}
+
+static __always_inline void count_drop(struct __sk_buff *skb, __u8 reason,
+				       __u8 dir)
+{
+	__u32 index = (__u32)reason * 2 + dir;
+	struct counter *c = bpf_map_lookup_elem(&drop_counters, &index);
+
+	if (c) {
+		c->packets++;
+		c->bytes += skb->len;
+	}
+}
+
+/*
+ * Records what scratch holds. A forced wake-up costs fifty times the record itself, so the consumer polls
+ * and is woken only when much has gathered.
+ */
+__noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
+{
+	struct scratch *s = scratch_get();
+	__u64 flags = BPF_RB_NO_WAKEUP;
+	struct judgement *j;
+	struct packet *p;
+	struct event *e;
+
+	if (!s)
+		return 0;
+	p = &s->packet;
+	j = &s->judgement;
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		__u32 zero = 0;
+		__u64 *lost = bpf_map_lookup_elem(&lost_events, &zero);
+
+		if (lost)
+			(*lost)++;
+		return 0;
+	}
+	e->time_ns = now_ns ? now_ns : bpf_ktime_get_ns();
+	address_copy(&e->local, &p->key.local);
+	address_copy(&e->peer, &p->key.peer);
+	e->endpoint = p->key.endpoint;
+	e->ifindex = skb->ifindex;
+	e->rule = j->rule;
+	e->ruleset = j->ruleset;
+	e->class = j->class;
+	e->length = skb->len;
+	e->local_port = p->key.local_port;
+	e->peer_port = p->key.peer_port;
+	e->ethertype = p->ethertype;
+	e->type = type;
+	e->direction = dir;
+	e->verdict = type == EVENT_FLOW ? VERDICT_ALLOWED :
+		     type == EVENT_DROP ? VERDICT_DENIED :
+					  VERDICT_AUDITED;
+	e->reason = j->reason;
+	e->protocol = p->key.protocol;
+	e->tcp_flags = p->tcp_flags;
+	e->icmp_type = p->icmp_type;
+	e->icmp_code = p->icmp_code;
+	e->reserved[0] = 0;
+	e->reserved[1] = 0;
+	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_WAKE)
+		flags = BPF_RB_FORCE_WAKEUP;
+	bpf_ringbuf_submit(e, flags);
+	return 0;
+}

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Copyright The podgate Authors */
+/*
+ * Policy: address to class, (ruleset, class) to intervals, interval to
+ * verdict. Reads only; knows nothing of flows, counters or policy kinds.
+ */
+#pragma once
+
+#include <bpf/bpf_helpers.h>
+
+#include "config.h"
+#include "event.h"
+#include "maps.h"
+#include "packet.h"
+
+/* Answers of find_interval beside an interval. */
+#define CELL_ABSENT (1ULL << 62)
+#define CELL_RECYCLED (2ULL << 62)
+#define CELL_DEFAULT (3ULL << 62)
+/* The class could not be read. No class has this number. */
+#define PEER_UNKNOWN (~0ULL)
+/* 2^14 chunks are searched in this many halvings. */
+#define CELL_SEARCH 14
+
+static __always_inline __u16 address_tag(const struct address *a)
+{
+	const __u64 *w = (const __u64 *)a;
+	__u64 x = w[0] ^ w[1];
+
+	x ^= x >> 32;
+	x ^= x >> 16;
+	return x;
+}
+
+/*
+ * The interval of a cell that at falls into, as action << 32 | rule, or one of
+ * the CELL_ answers.
+ */
+__noinline __u64 find_interval(__u32 ruleset, __u32 class, __u32 at)
+{
+	struct cell_key key = { .ruleset = ruleset, .class = class };
+	struct cell *cell = bpf_map_lookup_elem(&cells, &key);
+	__u64 answer = CELL_DEFAULT;
+	__u32 low = 0, high;
+
+	if (!cell)
+		return CELL_ABSENT;
+	if (cell->chunks > 1) {
+		high = cell->chunks - 1;
+		for (int i = 0; i < CELL_SEARCH; i++) {
+			if (low >= high)
+				break;
+			key.chunk = (low + high + 1) / 2;
+			cell = bpf_map_lookup_elem(&cells, &key);
+			if (!cell)
+				return CELL_RECYCLED;
+			if (at < cell->intervals[0].first)
+				high = key.chunk - 1;
+			else
+				low = key.chunk;
+		}
+		key.chunk = low;
+		cell = bpf_map_lookup_elem(&cells, &key);
+		if (!cell)
+			return CELL_RECYCLED;
+	}
+	for (int i = 0; i < CELL_INTERVALS; i++) {
+		struct interval *v = &cell->intervals[i];
+
+		if (i < cell->count && at >= v->first && at <= v->last) {
+			answer = (__u64)(v->action & 1) << 32 | v->rule;
+			break;
+		}
+	}
+	/* Checked last: the element may have become another cell meanwhile. */
+	if (*(volatile __u32 *)&cell->ruleset != ruleset ||
+	    *(volatile __u32 *)&cell->class != class ||
+	    *(volatile __u32 *)&cell->chunk != key.chunk)
+		return CELL_RECYCLED;
+	return answer;
+}
+
+static __always_inline int settle(struct judgement *j, __u8 action, __u8 reason)
+{
+	j->action = action & 1;
+	j->reason = reason;
+	return action & 1;
+}
+
+/*
+ * The class of an address as a struct peer in one u64; 0 for everyone else.
+ * quoted picks the packet in scratch.
+ */
+__noinline __u64 classify(__u32 quoted)
+{
+	struct block_key block = { .prefixlen = 128 };
+	struct scratch *s = scratch_get();
+	struct address *a;
+	__u64 *found, value;
+
+	if (!s)
+		return PEER_UNKNOWN;
+	a = quoted ? &s->quoted.key.peer : &s->packet.key.peer;
+	/*
+	 * The value of a hash element may be recycled for another key while
+	 * it is read; the tag tells. An updated key is never missing.
+	 */
+	for (int i = 0; i < 3; i++) {
+		found = bpf_map_lookup_elem(&peers, a);
+		if (!found)
+			break;
+		value = *(volatile __u64 *)found;
+		if (value >> 48 == address_tag(a))
+			return value;
+		if (i == 2)
+			return PEER_UNKNOWN;
+	}
+	__builtin_memcpy(block.address, a->bytes, 16);
+	found = bpf_map_lookup_elem(&blocks, &block);
+	return found ? *(volatile __u64 *)found : 0;
+}
+
+/* How a packet is to be judged, in one scalar. */
+#define HOW(dir, from_node, quoted, icmp)             \
+	((__u32)(icmp) << 16 | ((quoted) ? 4U : 0U) | \
+	 ((from_node) ? 2U : 0U) | (dir))
+#define HOW_DIR(how) ((how) & 1)
+#define HOW_FROM_NODE(how) ((how) & 2)
+#define HOW_QUOTED(how) ((how) & 4)
+#define HOW_ICMP(how) ((how) >> 16)
+
+/*
+ * The verdict of the ruleset on the first packet of a flow, in
+ * scratch->judgement; the result is its action. The destination port counts;
+ * for ICMP, the type and code in how.
+ */
+__noinline int judge(__u32 ruleset_id, __u32 how)
+{
+	struct scratch *s = scratch_get();
+	__u32 dir = HOW_DIR(how), at;
+	const struct flow_key *key;
+	struct ruleset *ruleset;
+	struct judgement *j;
+	__u64 peer, found;
+
+	if (!s)
+		return ACTION_DENY;
+	key = HOW_QUOTED(how) ? &s->quoted.key : &s->packet.key;
+	j = &s->judgement;
+	j->rule = 0;
+	j->class = 0;
+	j->owner = 0;
+	j->ruleset = ruleset_id;
+	if (HOW_FROM_NODE(how))
+		return settle(j, ACTION_ALLOW, REASON_NODE);
+	if (address_equal(&key->local, &key->peer))
+		return settle(j, ACTION_ALLOW, REASON_SELF);
+	peer = classify(HOW_QUOTED(how));
+	if (peer == PEER_UNKNOWN)
+		return settle(j, ACTION_DENY, REASON_TABLE);
+	j->class = (__u32)peer & ~PEER_NODE;
+	j->owner = peer >> 32;
+	if (ruleset_id == RULESET_OPEN)
+		return settle(j, ACTION_ALLOW, REASON_OPEN);
+	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_NODE))
+		return settle(j, ACTION_ALLOW, REASON_NODE);
+	if (ruleset_id == RULESET_CLOSED)
+		return settle(j, ACTION_DENY, REASON_CLOSED);
+
+	ruleset = bpf_map_lookup_elem(&rulesets, &ruleset_id);
+	if (!ruleset || !(ruleset->flags & RULESET_USED))
+		return settle(j, ACTION_DENY, REASON_TABLE);
+	at = (__u32)key->protocol << 16;
+	if (key->protocol == IPPROTO_ICMP || key->protocol == IPPROTO_ICMPV6)
+		at |= HOW_ICMP(how);
+	else
+		at |= dir == DIRECTION_EGRESS ? key->peer_port :
+						key->local_port;
+	found = find_interval(ruleset_id, j->class, at);
+	if (found == CELL_ABSENT && (ruleset->flags & RULESET_ANY_PEER) &&
+	    j->class)
+		found = find_interval(ruleset_id, 0, at);
+	if (found == CELL_RECYCLED)
+		return settle(j, ACTION_DENY, REASON_TABLE);
+	if (found == CELL_ABSENT || found == CELL_DEFAULT) {
+		j->rule = ruleset->rule;
+		return settle(j, ruleset->action, REASON_DEFAULT);
+	}
+	j->rule = found;
+	return settle(j, found >> 32, REASON_POLICY);
+}
