@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
 )
 
@@ -25,38 +24,47 @@ type Claims interface {
 
 // Delegate is the IPAM plugin that podgate-ipam stands in front of.
 type Delegate struct {
-	plugin string
-	config []byte
-	exec   invoke.Exec
+	plugin     string
+	cniVersion string
+	config     []byte
+	exec       Exec
 }
 
-// NewDelegate prepares calls of the plugin, which is looked for in CNI_PATH.
-// It gets the main plugin's configuration as it came on stdin with ipam for its
-// ipam object, and the CNI_* environment of this process. exec runs it; nil
-// stands for a process of its own.
-func NewDelegate(plugin string, stdin []byte, ipam json.RawMessage, exec invoke.Exec) (*Delegate, error) {
+// NewDelegate prepares calls of an IPAM plugin. It gets the main plugin's
+// configuration, of the given CNI version, as it came on stdin, with ipam for
+// its ipam object.
+func NewDelegate(plugin, cniVersion string, stdin []byte, ipam json.RawMessage, exec Exec) (*Delegate, error) {
 	config, err := setKey(stdin, "ipam", ipam)
 	if err != nil {
 		return nil, fmt.Errorf("configuration for %s: %w", plugin, err)
 	}
-	return &Delegate{plugin: plugin, config: config, exec: exec}, nil
+	return &Delegate{plugin: plugin, cniVersion: cniVersion, config: config, exec: exec}, nil
 }
 
 // Add allocates addresses and claims them. When the claim fails the allocation
 // is undone.
 func (d *Delegate) Add(ctx context.Context, claims Claims) (types.Result, error) {
-	result, err := invoke.DelegateAdd(ctx, d.plugin, d.config, d.exec)
+	stdout, err := d.run(ctx, "ADD")
 	if err != nil {
-		return nil, d.wrap("ADD", err)
+		return nil, err
 	}
-	addresses, err := Addresses(result)
-	if err == nil {
-		err = claims.Claim(ctx, addresses)
-	}
+	result, err := d.claim(ctx, claims, stdout)
 	if err != nil {
 		return nil, errors.Join(err, d.Del(ctx, claims))
 	}
 	return result, nil
+}
+
+func (d *Delegate) claim(ctx context.Context, claims Claims, stdout []byte) (types.Result, error) {
+	result, err := ParseResult(d.cniVersion, stdout)
+	if err != nil {
+		return nil, fmt.Errorf("IPAM plugin %s: %w", d.plugin, err)
+	}
+	addresses, err := Addresses(result)
+	if err != nil {
+		return nil, fmt.Errorf("IPAM plugin %s: %w", d.plugin, err)
+	}
+	return result, claims.Claim(ctx, addresses)
 }
 
 // Del releases the claims and then frees the addresses: an address that still
@@ -65,28 +73,28 @@ func (d *Delegate) Del(ctx context.Context, claims Claims) error {
 	if err := claims.Release(ctx); err != nil {
 		return err
 	}
-	return d.wrap("DEL", invoke.DelegateDel(ctx, d.plugin, d.config, d.exec))
+	return d.forward(ctx, "DEL")
 }
 
 // Check forwards CHECK.
-func (d *Delegate) Check(ctx context.Context) error {
-	return d.wrap("CHECK", invoke.DelegateCheck(ctx, d.plugin, d.config, d.exec))
-}
+func (d *Delegate) Check(ctx context.Context) error { return d.forward(ctx, "CHECK") }
 
 // GC forwards GC.
-func (d *Delegate) GC(ctx context.Context) error {
-	return d.wrap("GC", invoke.DelegateGC(ctx, d.plugin, d.config, d.exec))
-}
+func (d *Delegate) GC(ctx context.Context) error { return d.forward(ctx, "GC") }
 
 // Status forwards STATUS.
-func (d *Delegate) Status(ctx context.Context) error {
-	return d.wrap("STATUS", invoke.DelegateStatus(ctx, d.plugin, d.config, d.exec))
+func (d *Delegate) Status(ctx context.Context) error { return d.forward(ctx, "STATUS") }
+
+func (d *Delegate) forward(ctx context.Context, verb string) error {
+	_, err := d.run(ctx, verb)
+	return err
 }
 
-// wrap names the plugin. The error stays the [types.Error] that it printed.
-func (d *Delegate) wrap(verb string, err error) error {
-	if err == nil {
-		return nil
+// run names the plugin in errors, which stay the [types.Error] that it printed.
+func (d *Delegate) run(ctx context.Context, verb string) ([]byte, error) {
+	stdout, err := d.exec(ctx, d.plugin, verb, d.config)
+	if err != nil {
+		return nil, fmt.Errorf("%s of IPAM plugin %s: %w", verb, d.plugin, err)
 	}
-	return fmt.Errorf("%s of IPAM plugin %s: %w", verb, d.plugin, err)
+	return stdout, nil
 }

@@ -11,18 +11,14 @@ import (
 	"net/netip"
 	"reflect"
 	"slices"
-	"strings"
 	"testing"
 
-	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/containernetworking/cni/pkg/version"
 )
 
 // journal plays the IPAM plugin and the register, and writes down who is called
 // in which order.
 type journal struct {
-	version.PluginDecoder
 	entries []string
 	stdin   []byte
 	fail    map[string]error
@@ -33,17 +29,9 @@ func (j *journal) note(entry string) error {
 	return j.fail[entry]
 }
 
-func (j *journal) FindInPath(plugin string, _ []string) (string, error) { return "/" + plugin, nil }
-
-func (j *journal) ExecPlugin(_ context.Context, path string, stdin []byte, env []string) ([]byte, error) {
+func (j *journal) exec(_ context.Context, plugin, verb string, stdin []byte) ([]byte, error) {
 	j.stdin = stdin
-	var verb string
-	for _, e := range env {
-		if v, ok := strings.CutPrefix(e, "CNI_COMMAND="); ok {
-			verb = v
-		}
-	}
-	return []byte(`{"cniVersion": "1.1.0", "ips": [{"address": "10.0.0.2/24"}, {"address": "fd00::2/64"}]}`), j.note(verb + " " + path)
+	return []byte(`{"ips": [{"address": "10.0.0.2/24"}, {"address": "fd00::2/64"}]}`), j.note(verb + " " + plugin)
 }
 
 func (j *journal) Claim(_ context.Context, a []netip.Addr) error {
@@ -55,7 +43,7 @@ func (j *journal) delegate(t *testing.T) *Delegate {
 	t.Helper()
 	stdin := []byte(`{"cniVersion": "1.1.0", "name": "net", "type": "bridge", "runtimeConfig": {"ips": ["10.0.0.2/24"]},
 		"ipam": {"type": "podgate-ipam", "delegate": {"type": "host-local", "a": [1]}}}`)
-	d, err := NewDelegate("host-local", stdin, json.RawMessage(`{"type": "host-local", "a": [1]}`), j)
+	d, err := NewDelegate("host-local", "1.1.0", stdin, json.RawMessage(`{"type": "host-local", "a": [1]}`), j.exec)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,16 +72,16 @@ func TestDelegate(t *testing.T) {
 		want []string
 		err  error
 	}{
-		"address claimed at allocation":            {verb: "ADD", want: []string{"ADD /host-local", claim}},
-		"no address, nothing to claim":             {"ADD", map[string]error{"ADD /host-local": busy}, []string{"ADD /host-local"}, busy},
-		"allocation undone when the claim fails":   {"ADD", map[string]error{claim: full}, []string{"ADD /host-local", claim, "release", "DEL /host-local"}, full},
-		"address scrubbed before it is free":       {verb: "DEL", want: []string{"release", "DEL /host-local"}},
+		"address claimed at allocation":            {verb: "ADD", want: []string{"ADD host-local", claim}},
+		"no address, nothing to claim":             {"ADD", map[string]error{"ADD host-local": busy}, []string{"ADD host-local"}, busy},
+		"allocation undone when the claim fails":   {"ADD", map[string]error{claim: full}, []string{"ADD host-local", claim, "release", "DEL host-local"}, full},
+		"address scrubbed before it is free":       {verb: "DEL", want: []string{"release", "DEL host-local"}},
 		"address kept until it can be scrubbed":    {"DEL", map[string]error{"release": full}, []string{"release"}, full},
-		"an error of the plugin goes to the top":   {"DEL", map[string]error{"DEL /host-local": busy}, []string{"release", "DEL /host-local"}, busy},
-		"CHECK is forwarded":                       {"CHECK", map[string]error{"CHECK /host-local": busy}, []string{"CHECK /host-local"}, busy},
-		"GC is forwarded":                          {"GC", map[string]error{"GC /host-local": busy}, []string{"GC /host-local"}, busy},
-		"STATUS is forwarded":                      {"STATUS", map[string]error{"STATUS /host-local": busy}, []string{"STATUS /host-local"}, busy},
-		"nothing but the answer of the plugin: OK": {verb: "STATUS", want: []string{"STATUS /host-local"}},
+		"an error of the plugin goes to the top":   {"DEL", map[string]error{"DEL host-local": busy}, []string{"release", "DEL host-local"}, busy},
+		"CHECK is forwarded":                       {"CHECK", map[string]error{"CHECK host-local": busy}, []string{"CHECK host-local"}, busy},
+		"GC is forwarded":                          {"GC", map[string]error{"GC host-local": busy}, []string{"GC host-local"}, busy},
+		"STATUS is forwarded":                      {"STATUS", map[string]error{"STATUS host-local": busy}, []string{"STATUS host-local"}, busy},
+		"nothing but the answer of the plugin: OK": {verb: "STATUS", want: []string{"STATUS host-local"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			j := &journal{fail: test.fail}
@@ -125,9 +113,7 @@ func TestDelegateConfiguration(t *testing.T) {
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("plugin got %v, want %v", got, want)
 	}
-	if _, err := NewDelegate("x", []byte("[]"), nil, nil); err == nil {
+	if _, err := NewDelegate("x", "1.1.0", []byte("[]"), nil, nil); err == nil {
 		t.Error("configuration that is no object was taken")
 	}
 }
-
-var _ invoke.Exec = (*journal)(nil)

@@ -4,7 +4,7 @@
 // Package ipamhooks knows where a pod's addresses come from.
 //
 // For a chained plugin that is the result of the plugins before it
-// ([PrevResult], [PodInterfaces]). podgate-ipam learns them earlier: it stands
+// ([ParseResult], [PodInterfaces]). podgate-ipam learns them earlier: it stands
 // between a main plugin and the IPAM plugin that does the work ([Delegate]),
 // claims an address the moment it is allocated and gives it back scrubbed.
 //

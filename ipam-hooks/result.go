@@ -19,9 +19,10 @@ import (
 // ErrResult is a CNI result that cannot be read.
 var ErrResult = errors.New("unreadable CNI result")
 
-// PrevResult reads the prevResult of a configuration of the given CNI version,
-// 0.3.0 or later, and returns it in that version. It fails with [ErrResult].
-func PrevResult(cniVersion string, raw []byte) (types.Result, error) {
+// ParseResult reads the result that goes with a configuration of the given CNI
+// version, 0.3.0 or later, and returns it in that version. It fails with
+// [ErrResult].
+func ParseResult(cniVersion string, raw []byte) (types.Result, error) {
 	var shape struct {
 		CNIVersion string            `json:"cniVersion"`
 		Interfaces []json.RawMessage `json:"interfaces"`

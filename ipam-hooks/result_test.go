@@ -79,7 +79,7 @@ func TestPodInterfaces(t *testing.T) {
 		for _, version := range test.versions {
 			t.Run(name+" in "+version, func(t *testing.T) {
 				for _, own := range []string{fmt.Sprintf(`"cniVersion": %q,`, version), ""} {
-					result, err := PrevResult(version, []byte("{"+own+test.result+"}"))
+					result, err := ParseResult(version, []byte("{"+own+test.result+"}"))
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -100,7 +100,7 @@ func TestPodInterfaces(t *testing.T) {
 }
 
 // What a plugin does not change must come out as it went in.
-func TestPrevResultKeepsEveryField(t *testing.T) {
+func TestResultKeepsEveryField(t *testing.T) {
 	for version, result := range map[string]string{
 		"0.3.1": `{"cniVersion": "0.3.1", "interfaces": [{"name": "eth0", "mac": "02:00:00:00:00:01", "sandbox": "/ns"}],
 			"ips": [{"version": "4", "interface": 0, "address": "10.0.0.2/24", "gateway": "10.0.0.1"}],
@@ -112,7 +112,7 @@ func TestPrevResultKeepsEveryField(t *testing.T) {
 			"dns": {"nameservers": ["fd00::53"]}}`,
 	} {
 		t.Run(version, func(t *testing.T) {
-			r, err := PrevResult(version, []byte(result))
+			r, err := ParseResult(version, []byte(result))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -131,8 +131,8 @@ func TestPrevResultKeepsEveryField(t *testing.T) {
 	}
 }
 
-func TestPrevResultInTheVersionAskedFor(t *testing.T) {
-	r, err := PrevResult("0.4.0", []byte(`{"cniVersion": "1.1.0", "ips": [{"address": "10.0.0.2/24"}]}`))
+func TestResultInTheVersionAskedFor(t *testing.T) {
+	r, err := ParseResult("0.4.0", []byte(`{"cniVersion": "1.1.0", "ips": [{"address": "10.0.0.2/24"}]}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,7 +157,7 @@ func TestUnreadableResults(t *testing.T) {
 		`{"cniVersion": "1.1.0", "ips": [null]}`,
 		`{"cniVersion": "0.4.0", "interfaces": [null]}`,
 	} {
-		result, err := PrevResult("1.1.0", []byte(raw))
+		result, err := ParseResult("1.1.0", []byte(raw))
 		if err == nil {
 			_, err = PodInterfaces(result, "eth0")
 		}
@@ -167,14 +167,14 @@ func TestUnreadableResults(t *testing.T) {
 	}
 }
 
-// FuzzPrevResult looks for results that make us panic, lose the attachment's
+// FuzzResult looks for results that make us panic, lose the attachment's
 // interface or claim an address that no packet can have.
-func FuzzPrevResult(f *testing.F) {
+func FuzzResult(f *testing.F) {
 	f.Add("1.1.0", []byte(`{"cniVersion": "1.1.0", "interfaces": [{"name": "eth0", "sandbox": "/ns"}], "ips": [{"interface": 0, "address": "10.0.0.2/24"}]}`))
 	f.Add("0.3.1", []byte(`{"interfaces": [{"name": "a"}, {"name": "a", "sandbox": "b"}], "ips": [{"version": "6", "address": "fd00::/8"}], "routes": [{"dst": "::/0"}]}`))
 	f.Add("0.4.0", []byte(`{"cniVersion": "1.0.0", "dns": {}}`))
 	f.Fuzz(func(t *testing.T, version string, raw []byte) {
-		result, err := PrevResult(version, raw)
+		result, err := ParseResult(version, raw)
 		if err != nil {
 			return
 		}
