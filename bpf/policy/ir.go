@@ -66,9 +66,11 @@ type Policy struct {
 
 	Subject PodSelector
 	// Isolates names the directions in which a subject is denied what no rule
-	// of this tier allows, indexed by [Direction].
+	// of TierNamespace allows, indexed by [Direction]. Only policies of that
+	// tier isolate, and they have no say in a direction they do not isolate.
 	Isolates [2]bool
-	// Rules are indexed by [Direction]; their order counts outside TierNamespace.
+	// Rules are indexed by [Direction]; their order counts outside
+	// TierNamespace, where they all allow.
 	Rules [2][]Rule
 }
 
@@ -164,6 +166,9 @@ type Pod struct {
 	// HostNetwork pods share their node's address: they are neither subject
 	// nor pod peer.
 	HostNetwork bool
+	// Terminating pods give way to others that have the same address: it is
+	// free for reuse before the object of its former pod is gone.
+	Terminating bool
 	// Local pods run on this node: they get rulesets. Others are peers only.
 	Local bool
 	// Audit lets through what policy would deny, and says so.

@@ -54,7 +54,9 @@ type Ruleset struct {
 
 // Cell holds the final verdicts of one ruleset for one peer class. An absent
 // cell falls back to the ruleset's zero-class cell if AnyPeer, else to its
-// default. Cells are never changed, only added and removed.
+// default; cells that say the same as their fallback are left out. Cells are
+// never changed, only added; a cell goes with its ruleset or class. Cells may
+// share Intervals, which must not be written to.
 type Cell struct {
 	Ruleset, Class Digest
 	// Intervals are sorted and do not overlap. What they leave out gets the
@@ -119,19 +121,29 @@ type Join struct {
 // Update carries the enforced state from one policy to the next. Applied in
 // this order no packet meets a verdict that neither the old nor the new policy
 // gives: infos, rulesets and cells are added; joins and peers are set;
-// subjects flip to their new rulesets; then what is gone is removed.
+// subjects flip to their new rulesets; then what is gone is removed. Lists are
+// in no particular order.
+//
+// An address that a pod was given before Peers names it has the class that its
+// Subject and Joins say. It has to follow their changes when peers are set, not
+// when subjects flip.
 type Update struct {
 	// Full marks a complete state: whatever is pinned and not named is swept.
+	// Of rulesets and classes that another process pinned it knows nothing:
+	// rulesets about to be swept have no cells here for the classes that are
+	// new, and classes about to be swept none in the rulesets that are.
 	Full bool
 
 	Policies []PolicyInfo
 	Rules    []RuleInfo
 	Rulesets []Ruleset
 	Cells    []Cell
-	// Classes that are new. Their cells for all rulesets, those about to go
-	// included, are in Cells.
-	Classes  []Digest
-	Joins    []Join
+	// Classes that are new; never the zero class. Their cells for all rulesets,
+	// those about to go included, are in Cells.
+	Classes []Digest
+	Joins   []Join
+	// Peers that are new or have another class or owner. A peer that GonePeers
+	// names too gets the class it falls to when it is removed.
 	Peers    []PeerEntry
 	Subjects []Subject
 
