@@ -1,0 +1,430 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package pinning
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+
+	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/bpf/policy"
+)
+
+// peers sets the class of addresses. Whatever class a peer has, old or new,
+// every ruleset has its cells by now.
+func (w *writer) peers(u policy.Update) error {
+	peers, err := w.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	blocks, err := w.m(bpf.DatapathMapBlocks)
+	if err != nil {
+		return err
+	}
+	exact := batch[bpf.DatapathAddress, bpf.DatapathPeer]{m: peers}
+	var entries []policy.PeerEntry
+	flush := func() {
+		for i, err := range exact.flush() {
+			w.unclassified(entries[i], err)
+		}
+		entries = entries[:0]
+	}
+	for _, p := range u.Peers {
+		w.a.peers[policy.PeerKey{Prefix: p.Prefix, Exact: p.Exact}] = struct{}{}
+		class, ok := w.a.classID(p.Class)
+		if !ok {
+			w.unclassified(p, fmt.Errorf("class %s: %w", p.Class, ErrNotFound))
+			continue
+		}
+		w.done.Peers++
+		if !p.Exact {
+			key := blockKey(p.Prefix)
+			if err := put(blocks, &key, &bpf.DatapathPeer{Class: class}); err != nil {
+				w.unclassified(p, err)
+			}
+			continue
+		}
+		a := wire(p.Prefix.Addr())
+		exact.add(a, bpf.DatapathPeer{Class: w.nodeBit(p.Prefix.Addr(), class), Owner: p.Owner, Tag: tag(a)})
+		entries = append(entries, p)
+		if len(entries) == batchSize {
+			flush()
+		}
+	}
+	flush()
+	if err := w.reclassify(u); err != nil {
+		return err
+	}
+	if len(u.Peers) > 0 || len(u.GonePeers) > 0 || u.Full {
+		return w.addressesMoved()
+	}
+	return nil
+}
+
+// unclassified closes the rulesets that deny the class of a peer that could
+// not be given it. Others allow a peer without class no more than they should.
+func (w *writer) unclassified(p policy.PeerEntry, err error) {
+	w.problem(fmt.Errorf("peer %s: %w", p.Prefix, err))
+	class, ok := w.a.classID(p.Class)
+	for ruleset, cells := range w.a.cells {
+		if info, has := cells[class]; ok && has && info.denies {
+			w.breakRuleset(w.a.rulesets.used[ruleset], err)
+		}
+	}
+}
+
+func (w *writer) nodeBit(a netip.Addr, class uint32) uint32 {
+	if _, node := w.a.nodes[a]; node {
+		return class | peerNode
+	}
+	return class
+}
+
+// peerNode is PEER_NODE of bpf/include/types.h.
+const peerNode = uint32(1) << 31
+
+// reclassify gives their class to addresses that no update has named yet:
+// those of endpoints newer than the update, and the node's own.
+func (w *writer) reclassify(u policy.Update) error {
+	changed := map[policy.PodKey]policy.Digest{}
+	for _, subject := range u.Subjects {
+		changed[subject.Pod] = subject.Class
+	}
+	if len(changed) > 0 {
+		for e, err := range w.Endpoints() {
+			if err != nil {
+				w.problem(err)
+				continue
+			}
+			if class, ok := changed[e.Pod]; ok {
+				w.problem(w.reclassifyEndpoint(e, class))
+			}
+		}
+	}
+	for a := range w.a.nodes {
+		w.problem(w.setNode(a))
+	}
+	return nil
+}
+
+func (w *writer) reclassifyEndpoint(e Endpoint, d policy.Digest) error {
+	class, ok := w.a.classID(d)
+	if !ok {
+		return fmt.Errorf("endpoint %s: class %s: %w", e.Key, d, ErrNotFound)
+	}
+	var addrs []netip.Addr
+	for _, a := range e.Addresses {
+		if _, named := w.a.peers[policy.PeerKey{Prefix: netip.PrefixFrom(a, a.BitLen()), Exact: true}]; !named {
+			addrs = append(addrs, a)
+		}
+	}
+	return w.classify(e.Pod, class, addrs)
+}
+
+// flip publishes subjects and turns the gates that follow them. An endpoint
+// whose subject is unknown, or gone, keeps what it has.
+func (w *writer) flip(u policy.Update) error {
+	pods, err := w.m(bpf.DatapathMapPods)
+	if err != nil {
+		return err
+	}
+	flipped := u.Subjects
+	if len(w.a.broken) > 0 || len(u.Rulesets) > 0 {
+		// Rulesets broke or were mended: all that use them are concerned.
+		flipped = nil
+		for _, subject := range w.a.wanted {
+			flipped = append(flipped, subject)
+		}
+	}
+	for _, subject := range flipped {
+		if err := w.publish(pods, subject); err != nil {
+			w.problem(fmt.Errorf("pod %s/%s: %w", subject.Namespace, subject.Name, err))
+		}
+	}
+	if err := w.unpublish(pods, u); err != nil {
+		return err
+	}
+	if len(flipped) == 0 && !u.Full {
+		return nil
+	}
+	for e, err := range w.Endpoints() {
+		if err != nil {
+			w.problem(err)
+			continue
+		}
+		if subject, ok := w.a.subjects[e.Pod]; ok {
+			w.problem(w.turn(e, subject))
+		}
+	}
+	return w.addressesMoved()
+}
+
+func (w *writer) publish(pods *ebpf.Map, subject policy.Subject) error {
+	key, err := podWire(subject.Pod)
+	if err != nil {
+		return err
+	}
+	var enforced [2]uint32
+	for d, ruleset := range subject.Rulesets {
+		enforced[d] = w.rulesetID(ruleset)
+	}
+	class, _ := w.a.classID(subject.Class)
+	v := bpf.DatapathPod{
+		Rulesets: bpf.DatapathEnforcement{Ingress: enforced[policy.Ingress], Egress: enforced[policy.Egress]},
+		Class:    class, Owner: subject.Owner, Tag: podTag(subject.Pod),
+	}
+	if subject.Audit {
+		v.Flags = uint16(bpf.DatapathGateFlagsGATE_AUDIT)
+	}
+	if w.a.subjects[subject.Pod] == v {
+		return nil
+	}
+	// Gates follow even what could not be published for ADD to find.
+	w.a.subjects[subject.Pod] = v
+	return put(pods, &key, &v)
+}
+
+// rulesetID is closed for a ruleset that is not whole.
+func (w *writer) rulesetID(d policy.Digest) uint32 {
+	if d == policy.Open {
+		return RulesetOpen
+	}
+	if _, broken := w.a.broken[d]; broken {
+		return RulesetClosed
+	}
+	// Zero, closed, for one nobody wrote.
+	return w.a.rulesets.byDigest[d]
+}
+
+func (w *writer) unpublish(pods *ebpf.Map, u policy.Update) error {
+	for _, pod := range u.GoneSubjects {
+		key, err := podWire(pod)
+		if err != nil {
+			return err
+		}
+		if err := remove(pods, &key); err != nil {
+			return err
+		}
+		delete(w.a.subjects, pod)
+		delete(w.a.wanted, pod)
+	}
+	if err := w.removePeers(u); err != nil || !u.Full {
+		return err
+	}
+	return sweepKeys(pods, func(k bpf.DatapathPodKey) bool {
+		_, ok := w.a.subjects[policy.PodKey(text(k.Id[:]))]
+		return ok
+	})
+}
+
+// removePeers takes addresses and blocks away that have no class of their own
+// any more. A full update removes what it does not name, less what ADD wrote
+// for endpoints that the update does not know.
+func (w *writer) removePeers(u policy.Update) error {
+	peers, err := w.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	blocks, err := w.m(bpf.DatapathMapBlocks)
+	if err != nil {
+		return err
+	}
+	for _, p := range u.GonePeers {
+		delete(w.a.peers, p)
+		if !p.Exact {
+			key := blockKey(p.Prefix)
+			if err := remove(blocks, &key); err != nil {
+				return err
+			}
+			continue
+		}
+		a := wire(p.Prefix.Addr())
+		if err := remove(peers, &a); err != nil {
+			return err
+		}
+		if _, node := w.a.nodes[p.Prefix.Addr()]; node {
+			w.problem(w.setNode(p.Prefix.Addr()))
+		}
+	}
+	if !u.Full {
+		return nil
+	}
+	claims, err := w.m(bpf.DatapathMapClaims)
+	if err != nil {
+		return err
+	}
+	claimed, err := dump[bpf.DatapathAddress, bpf.DatapathClaim](claims)
+	if err != nil {
+		return err
+	}
+	err = sweepKeys(peers, func(k bpf.DatapathAddress) bool {
+		a := unwire(k)
+		_, named := w.a.peers[policy.PeerKey{Prefix: netip.PrefixFrom(a, a.BitLen()), Exact: true}]
+		_, node := w.a.nodes[a]
+		_, held := claimed[k]
+		return named || node || held
+	})
+	return errors.Join(err, sweepKeys(blocks, func(k bpf.DatapathBlockKey) bool {
+		_, named := w.a.peers[policy.PeerKey{Prefix: blockPrefix(k)}]
+		return named
+	}))
+}
+
+// turn makes an endpoint's gate enforce what its subject says.
+func (w *writer) turn(e Endpoint, subject bpf.DatapathPod) error {
+	turned, err := w.enforceOn(e, subject)
+	if turned {
+		w.done.Gates++
+	}
+	return err
+}
+
+func (s *State) enforceOn(e Endpoint, subject bpf.DatapathPod) (bool, error) {
+	sh, err := s.memory()
+	if err != nil {
+		return false, err
+	}
+	if e.Gate >= uint32(len(sh.gates)) || sh.gates[e.Gate].Endpoint != e.ID {
+		return false, fmt.Errorf("endpoint %s: %w: gate %d is not its own", e.Key, ErrDiffers, e.Gate)
+	}
+	want := Enforcement{subject.Rulesets.Ingress, subject.Rulesets.Egress}
+	flags := e.flags() | subject.Flags&uint16(bpf.DatapathGateFlagsGATE_AUDIT)
+	if sh.enforcement(e.Gate) == want && sh.gates[e.Gate].Flags == flags {
+		return false, nil
+	}
+	sh.setFlags(e.Gate, flags)
+	sh.enforce(e.Gate, want)
+	return true, nil
+}
+
+// Bind makes an endpoint follow a pod: for runtimes that do not name the pod
+// by the key its manifest has. It returns [ErrNotFound] if there is no such
+// endpoint.
+func (s *State) Bind(ctx context.Context, k AttachmentKey, pod policy.PodKey) error {
+	return s.locked(ctx, func() error {
+		e, _, err := s.Endpoint(k)
+		if err != nil {
+			return err
+		}
+		if e.Pod == pod {
+			return nil
+		}
+		e.Pod = pod
+		if err := s.record(&e); err != nil {
+			return err
+		}
+		published, found, err := s.published(pod)
+		if err != nil || !found {
+			return err
+		}
+		if err := s.classify(pod, published.Class, e.Addresses); err != nil {
+			return err
+		}
+		if _, err := s.enforceOn(e, published); err != nil {
+			return err
+		}
+		return s.addressesMoved()
+	})
+}
+
+// SetNodeAddresses tells which addresses are this node's: pods may always
+// reach them.
+func (s *State) SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error {
+	return s.locked(ctx, func() error {
+		peers, err := s.m(bpf.DatapathMapPeers)
+		if err != nil {
+			return err
+		}
+		want := map[netip.Addr]struct{}{}
+		for _, a := range addrs {
+			want[a.Unmap().WithZone("")] = struct{}{}
+		}
+		have, err := dump[bpf.DatapathAddress, bpf.DatapathPeer](peers)
+		if err != nil {
+			return err
+		}
+		if s.applied != nil {
+			s.applied.nodes = want
+		}
+		var errs []error
+		for w, p := range have {
+			if _, ok := want[unwire(w)]; ok || p.Class&peerNode == 0 {
+				continue
+			}
+			if p.Class &^= peerNode; p.Class == 0 && p.Owner == 0 {
+				errs = append(errs, remove(peers, &w))
+			} else {
+				errs = append(errs, put(peers, &w, &p))
+			}
+		}
+		for a := range want {
+			errs = append(errs, s.setNode(a))
+		}
+		return errors.Join(append(errs, s.addressesMoved())...)
+	})
+}
+
+// setNode marks an address as the node's. It keeps the class a pod gave it,
+// else it gets that of its block: ingress from it is judged by that.
+func (s *State) setNode(a netip.Addr) error {
+	peers, err := s.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	w := wire(a)
+	var p bpf.DatapathPeer
+	if err := peers.Lookup(&w, &p); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("%s: %w", peers, err)
+	}
+	if p.Owner == 0 {
+		if p.Class, err = s.join(0, a); err != nil {
+			return err
+		}
+	}
+	p.Class |= peerNode
+	p.Tag = tag(w)
+	return put(peers, &w, &p)
+}
+
+// learnNodeAddresses adds those of this node that are not known yet: the main
+// plugin may have given its bridge one a moment ago. Only the daemon removes
+// addresses, and only it knows which are service addresses.
+func (s *State) learnNodeAddresses() error {
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list the node's addresses: %w", err)
+	}
+	peers, err := s.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	service, err := netlink.LinkByName(ipvsInterface)
+	if err != nil && !isNoLink(err) {
+		return fmt.Errorf("look for %s: %w", ipvsInterface, err)
+	}
+	for _, addr := range addrs {
+		a, ok := netip.AddrFromSlice(addr.IP)
+		if !ok || a.IsLoopback() || service != nil && addr.LinkIndex == service.Attrs().Index {
+			continue
+		}
+		a = a.Unmap()
+		w := wire(a)
+		var p bpf.DatapathPeer
+		if err := peers.Lookup(&w, &p); err == nil && p.Class&peerNode != 0 {
+			continue
+		}
+		if err := s.setNode(a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ipvsInterface holds the addresses of Services, which are not the node.
+const ipvsInterface = "kube-ipvs0"

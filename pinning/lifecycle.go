@@ -1,0 +1,405 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package pinning
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync/atomic"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/bpf/policy"
+)
+
+// AddRequest is what ADD knows of a new endpoint. ID, Gate, Created and the
+// endpoint's actual Attach are not read.
+type AddRequest struct {
+	Endpoint
+	// Attach is the wanted kind.
+	Attach AttachKind
+	// Wait bounds how long Add waits for the policy of the pod to be known.
+	Wait time.Duration
+}
+
+// Add gates an endpoint: when it returns without an error both hooks are
+// attached and the gate enforces the pod's published policy, or is what its
+// mode says. An attachment that is there already is replaced. On an error
+// nothing of it is left.
+func (s *State) Add(ctx context.Context, r AddRequest) (Endpoint, Enforcement, error) {
+	var e Endpoint
+	err := s.locked(ctx, func() error {
+		if err := s.delete(r.Key); err != nil {
+			return fmt.Errorf("replace endpoint %s: %w", r.Key, err)
+		}
+		var err error
+		if e, err = s.add(r); err != nil {
+			return errors.Join(err, s.delete(r.Key))
+		}
+		return s.changed()
+	})
+	if err != nil {
+		return Endpoint{}, Enforcement{}, err
+	}
+	return e, s.await(ctx, e, r.Wait), nil
+}
+
+func (s *State) add(r AddRequest) (Endpoint, error) {
+	e := r.Endpoint
+	sh, err := s.memory()
+	if err != nil {
+		return e, err
+	}
+	if err := s.evict(e.HostIfindex); err != nil {
+		return e, err
+	}
+	if e.Gate, _, err = sh.slotFor(uint32(e.HostIfindex)); err != nil {
+		return e, err
+	}
+	e.ID = atomic.AddUint32(&sh.state.NextEndpoint, 1)
+	e.Pod = e.podKey()
+	e.Created = time.Now()
+	// Recorded before anything else: DEL finds what a dying ADD leaves. The
+	// kind is not known yet; to detach a tcx link that is not there is no error.
+	e.Attach = AttachTCX
+	if r.Attach == AttachClsact {
+		e.Attach = AttachClsact
+	}
+	if err := s.record(&e); err != nil {
+		return e, err
+	}
+	if err := s.claim(e.Key, e.ID, e.Addresses); err != nil {
+		return e, err
+	}
+	if err := s.setSources(e.ID, e.Addresses, true); err != nil {
+		return e, err
+	}
+	published, found, err := s.published(e.Pod)
+	if err != nil {
+		return e, err
+	}
+	if err := s.classify(e.Pod, published.Class, e.Addresses); err != nil {
+		return e, err
+	}
+	if err := s.learnNodeAddresses(); err != nil {
+		return e, err
+	}
+	if err := s.openGate(sh, &e, published, found); err != nil {
+		return e, err
+	}
+	if e.Attach, err = s.attach(e.ID, e.HostIfindex, r.Attach); err != nil {
+		return e, err
+	}
+	return e, s.record(&e)
+}
+
+// openGate publishes the gate; the hooks come after it.
+func (s *State) openGate(sh *shared, e *Endpoint, pod bpf.DatapathPod, found bool) error {
+	counters, err := s.m(bpf.DatapathMapEndpointCounters)
+	if err != nil {
+		return err
+	}
+	zero, err := zeroes[bpf.DatapathEndpointCounters]()
+	if err != nil {
+		return err
+	}
+	if err := counters.Put(e.Gate, zero); err != nil {
+		return fmt.Errorf("%s: %w", counters, err)
+	}
+	enforced := e.Mode.enforcement()
+	if found {
+		enforced = Enforcement{pod.Rulesets.Ingress, pod.Rulesets.Egress}
+		e.Audit = e.Audit || pod.Flags&uint16(bpf.DatapathGateFlagsGATE_AUDIT) != 0
+	}
+	g := bpf.DatapathGate{
+		Rulesets: bpf.DatapathEnforcement{Ingress: enforced.Ingress, Egress: enforced.Egress},
+		Ifindex:  uint32(e.HostIfindex), Endpoint: e.ID, Flags: e.flags(),
+	}
+	copy(g.Mac[:], e.MAC)
+	sh.publish(e.Gate, g)
+	sh.bumpEpoch()
+	return nil
+}
+
+// zeroes is a value for each CPU.
+func zeroes[V any]() ([]V, error) {
+	n, err := ebpf.PossibleCPU()
+	if err != nil {
+		return nil, fmt.Errorf("count CPUs: %w", err)
+	}
+	return make([]V, n), nil
+}
+
+// evict removes the endpoint whose gate has this interface: interface numbers
+// are reused once an interface is gone.
+func (s *State) evict(ifindex int) error {
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	if _, taken, err := sh.slotFor(uint32(ifindex)); err != nil || !taken {
+		return err
+	}
+	for e, err := range s.Endpoints() {
+		if err != nil {
+			return err
+		}
+		if e.HostIfindex == ifindex {
+			return s.delete(e.Key)
+		}
+	}
+	return nil
+}
+
+func (s *State) record(e *Endpoint) error {
+	key, err := e.Key.wire()
+	if err != nil {
+		return err
+	}
+	w, err := e.wire()
+	if err != nil {
+		return fmt.Errorf("endpoint %s: %w", e.Key, err)
+	}
+	m, err := s.m(bpf.DatapathMapEndpoints)
+	if err != nil {
+		return err
+	}
+	return put(m, &key, w)
+}
+
+// published reads the policy of a pod. The value may be another's while its
+// map element is being recycled; the tag tells.
+func (s *State) published(pod policy.PodKey) (v bpf.DatapathPod, found bool, err error) {
+	key, err := podWire(pod)
+	if err != nil {
+		return v, false, err
+	}
+	m, err := s.m(bpf.DatapathMapPods)
+	if err != nil {
+		return v, false, err
+	}
+	for range 100 {
+		if err := m.Lookup(&key, &v); errors.Is(err, ebpf.ErrKeyNotExist) {
+			return bpf.DatapathPod{}, false, nil
+		} else if err != nil {
+			return v, false, fmt.Errorf("policy of pod %s: %w", pod, err)
+		}
+		if v.Tag == podTag(pod) {
+			return v, true, nil
+		}
+	}
+	return bpf.DatapathPod{}, false, nil
+}
+
+// await polls the gate, not the daemon, until the policy is known.
+func (s *State) await(ctx context.Context, e Endpoint, wait time.Duration) Enforcement {
+	deadline := time.Now().Add(wait)
+	for {
+		enforced := s.shared.enforcement(e.Gate)
+		_, found, err := s.published(e.Pod)
+		if found || err != nil || !time.Now().Before(deadline) {
+			return enforced
+		}
+		select {
+		case <-ctx.Done():
+			return enforced
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
+
+// changed tells the daemon, through the file system, that endpoints changed.
+// bpffs reports a change of times like any other file system.
+func (s *State) changed() error {
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	atomic.AddUint32(&sh.state.Generation, 1)
+	if s.private {
+		return nil
+	}
+	now := time.Now()
+	if err := os.Chtimes(s.layout.VersionDir(), now, now); err != nil {
+		// The daemon also looks at the generation now and then.
+		s.log.Debug("notify", "error", err)
+	}
+	return nil
+}
+
+// Delete ends an endpoint: hooks, gate, addresses, record, in this order. It
+// returns nil when there is no such endpoint; claims that the attachment has
+// without an endpoint end too.
+func (s *State) Delete(ctx context.Context, k AttachmentKey) error {
+	return s.locked(ctx, func() error {
+		if err := s.delete(k); err != nil {
+			return fmt.Errorf("endpoint %s: %w", k, err)
+		}
+		return s.changed()
+	})
+}
+
+func (s *State) delete(k AttachmentKey) error {
+	key, err := k.wire()
+	if err != nil {
+		return err
+	}
+	m, err := s.m(bpf.DatapathMapEndpoints)
+	if err != nil {
+		return err
+	}
+	var w bpf.DatapathEndpoint
+	if err := m.Lookup(&key, &w); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("%s: %w", m, err)
+	}
+	// A record that cannot be read whole still names what to clean.
+	e, readErr := unwireEndpoint(&key, &w)
+	if readErr != nil {
+		s.log.Warn("broken record", "error", readErr)
+	}
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	// Both kinds: an ADD that died may have left either.
+	errs := []error{s.detachTCX(e.ID)}
+	own := e.Gate < uint32(len(sh.gates)) && sh.gates[e.Gate].Endpoint == e.ID
+	if own {
+		errs = append(errs, s.detachClsact(e.HostIfindex))
+		sh.retract(e.Gate)
+	}
+	errs = append(errs, s.setSources(e.ID, e.Addresses, false))
+	if len(e.Addresses) > 0 {
+		errs = append(errs, s.release(k, e.Addresses))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	sh.bumpEpoch()
+	return remove(m, &key)
+}
+
+// GC removes the endpoints of a network that are not in keep. It goes on after
+// errors and returns them joined.
+func (s *State) GC(ctx context.Context, network string, keep map[AttachmentKey]struct{}) ([]AttachmentKey, error) {
+	var removed []AttachmentKey
+	err := s.locked(ctx, func() error {
+		var errs []error
+		for e, err := range s.Endpoints() {
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			if _, ok := keep[e.Key]; ok || e.Network != network {
+				continue
+			}
+			if err := s.delete(e.Key); err != nil {
+				errs = append(errs, fmt.Errorf("endpoint %s: %w", e.Key, err))
+				continue
+			}
+			removed = append(removed, e.Key)
+		}
+		return errors.Join(append(errs, s.changed())...)
+	})
+	return removed, err
+}
+
+// Ready says whether Add would work: the instance is there and has room. It
+// changes nothing.
+func (s *State) Ready(_ context.Context) error {
+	for _, name := range programNames() {
+		if _, err := s.program(name); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{
+		bpf.DatapathMapEndpoints, bpf.DatapathMapPods, bpf.DatapathMapPeers, bpf.DatapathMapClaims,
+		bpf.DatapathMapSources, bpf.DatapathMapFlows,
+	} {
+		if _, err := s.m(name); err != nil {
+			return err
+		}
+	}
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	used := uint32(0)
+	for i := range sh.gates {
+		if atomic.LoadUint32(&sh.gates[i].Ifindex) != 0 {
+			used++
+		}
+	}
+	if most := s.opened[bpf.DatapathMapEndpoints].MaxEntries(); used >= most {
+		return fmt.Errorf("%w: %d of %d endpoints", ErrFull, used, most)
+	}
+	return nil
+}
+
+// Check compares an endpoint with what is in the kernel and returns
+// [ErrNotFound] or [ErrDiffers] with the first thing that is not as Add left
+// it. Fields of want that are zero are not compared.
+func (s *State) Check(_ context.Context, k AttachmentKey, want Endpoint) error {
+	e, _, err := s.Endpoint(k)
+	if err != nil {
+		return err
+	}
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	if g := sh.gates[e.Gate]; g.Ifindex != uint32(e.HostIfindex) {
+		return fmt.Errorf("endpoint %s: %w: its gate is for interface %d, not %d", k, ErrDiffers, g.Ifindex, e.HostIfindex)
+	}
+	if want.HostIfindex != 0 && want.HostIfindex != e.HostIfindex {
+		return fmt.Errorf("endpoint %s: %w: its host interface is %d, not %d", k, ErrDiffers, want.HostIfindex, e.HostIfindex)
+	}
+	if len(want.MAC) != 0 && want.MAC.String() != e.MAC.String() && e.AntiSpoof {
+		return fmt.Errorf("endpoint %s: %w: its MAC address is %s, not %s", k, ErrDiffers, want.MAC, e.MAC)
+	}
+	claims, err := s.m(bpf.DatapathMapClaims)
+	if err != nil {
+		return err
+	}
+	for _, a := range want.Addresses {
+		if a.IsLinkLocalUnicast() {
+			continue
+		}
+		w := wire(a)
+		var c bpf.DatapathClaim
+		if err := claims.Lookup(&w, &c); err != nil || attachmentKey(&c.Attachment) != k {
+			return fmt.Errorf("endpoint %s: %w: address %s is not claimed by it", k, ErrDiffers, a)
+		}
+	}
+	if err := s.attached(e); err != nil {
+		return fmt.Errorf("endpoint %s: %w", k, err)
+	}
+	return nil
+}
+
+func podWire(k policy.PodKey) (bpf.DatapathPodKey, error) {
+	var w bpf.DatapathPodKey
+	return w, setText(w.Id[:], "pod key", string(k))
+}
+
+// podTag is non-zero, so that a value not written yet is no pod's.
+func podTag(k policy.PodKey) uint64 {
+	h := uint64(14695981039346656037)
+	for i := range len(k) {
+		h = (h ^ uint64(k[i])) * 1099511628211
+	}
+	return h | 1
+}
+
+// isFull: the kernel has no room in a map.
+func isFull(err error) bool {
+	return errors.Is(err, unix.E2BIG) || errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.ENOMEM)
+}

@@ -1,0 +1,374 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package pinning
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"net/netip"
+	"reflect"
+	"slices"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/bpf/flow"
+	"github.com/podgate/podgate/bpf/policy"
+)
+
+// MapUsage is how full a map is. Used is -1 for arrays and rings.
+type MapUsage struct {
+	Name  string `json:"name"`
+	Used  int    `json:"used"`
+	Max   uint32 `json:"max"`
+	Bytes uint64 `json:"bytes"`
+}
+
+// Usage of the pinned maps, by name.
+func (s *State) Usage() ([]MapUsage, error) {
+	var out []MapUsage
+	for _, name := range mapNames() {
+		m, err := s.m(name)
+		if err != nil {
+			return nil, err
+		}
+		u := MapUsage{Name: name, Used: -1, Max: m.MaxEntries()}
+		if info, err := m.Info(); err == nil {
+			u.Bytes, _ = info.Memlock()
+		}
+		switch m.Type() {
+		case ebpf.Hash, ebpf.LRUHash, ebpf.LPMTrie:
+			if u.Used, err = count(m); err != nil {
+				return nil, err
+			}
+		default:
+		}
+		out = append(out, u)
+	}
+	return out, nil
+}
+
+// count walks a map's entries without looking at them.
+func count(m *ebpf.Map) (int, error) {
+	bytes := func(n uint32) reflect.Value {
+		return reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(int(n), reflect.TypeFor[byte]())), 4*batchSize, 4*batchSize)
+	}
+	keys, values := bytes(m.KeySize()).Interface(), bytes(m.ValueSize()).Interface()
+	var cursor ebpf.MapBatchCursor
+	total := 0
+	for {
+		n, err := m.BatchLookup(&cursor, keys, values, nil)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			break
+		}
+		if total += n; err != nil {
+			return total, nil
+		}
+	}
+	total = 0
+	key, err := m.NextKeyBytes(nil)
+	for ; key != nil && err == nil && total < int(m.MaxEntries()); key, err = m.NextKeyBytes(key) {
+		total++
+	}
+	if err != nil {
+		return 0, fmt.Errorf("count %s: %w", m, err)
+	}
+	return total, nil
+}
+
+// EndpointCounters of one endpoint, indexed by direction.
+type EndpointCounters struct {
+	AllowedPackets [2]uint64 `json:"allowedPackets"`
+	AllowedBytes   [2]uint64 `json:"allowedBytes"`
+	DroppedPackets [2]uint64 `json:"droppedPackets"`
+	DroppedBytes   [2]uint64 `json:"droppedBytes"`
+}
+
+// Counters of an endpoint since it was added.
+func (s *State) Counters(gate uint32) (EndpointCounters, error) {
+	m, err := s.m(bpf.DatapathMapEndpointCounters)
+	if err != nil {
+		return EndpointCounters{}, err
+	}
+	var perCPU []bpf.DatapathEndpointCounters
+	if err := m.Lookup(gate, &perCPU); err != nil {
+		return EndpointCounters{}, fmt.Errorf("counters of gate %d: %w", gate, err)
+	}
+	var sum EndpointCounters
+	for _, c := range perCPU {
+		for d := range 2 {
+			sum.AllowedPackets[d] += c.AllowedPackets[d]
+			sum.AllowedBytes[d] += c.AllowedBytes[d]
+			sum.DroppedPackets[d] += c.DroppedPackets[d]
+			sum.DroppedBytes[d] += c.DroppedBytes[d]
+		}
+	}
+	return sum, nil
+}
+
+// Counter of packets and bytes.
+type Counter struct {
+	Packets uint64 `json:"packets"`
+	Bytes   uint64 `json:"bytes"`
+}
+
+func (s *State) counter(name string, index uint32) (Counter, error) {
+	m, err := s.m(name)
+	if err != nil {
+		return Counter{}, err
+	}
+	var perCPU []bpf.DatapathCounter
+	if err := m.Lookup(index, &perCPU); err != nil {
+		return Counter{}, fmt.Errorf("%s %d: %w", name, index, err)
+	}
+	var sum Counter
+	for _, c := range perCPU {
+		sum.Packets += c.Packets
+		sum.Bytes += c.Bytes
+	}
+	return sum, nil
+}
+
+// DropCounter counts what was dropped for a reason.
+type DropCounter struct {
+	Reason    flow.Reason      `json:"reason"`
+	Direction policy.Direction `json:"direction"`
+	Counter
+}
+
+// DropCounters of the whole instance; reasons that never came up are left out.
+func (s *State) DropCounters() ([]DropCounter, error) {
+	var out []DropCounter
+	for reason := range uint32(bpf.DatapathReasonREASON_COUNT) {
+		for d := range uint32(2) {
+			c, err := s.counter(bpf.DatapathMapDropCounters, reason*2+d)
+			if err != nil {
+				return nil, err
+			}
+			if c.Packets > 0 {
+				out = append(out, DropCounter{flow.Reason(reason), policy.Direction(d), c})
+			}
+		}
+	}
+	return out, nil
+}
+
+// Rule as it is pinned.
+type Rule struct {
+	ID uint32 `json:"id"`
+	policy.RuleInfo
+	Policy  policy.PolicyInfo `json:"policy"`
+	Counter Counter           `json:"counter"`
+}
+
+// Rule describes a rule by its number. It returns [ErrNotFound] for one that
+// is not pinned, or not any more.
+func (s *State) Rule(id uint32) (Rule, error) {
+	m, err := s.m(bpf.DatapathMapRuleInfo)
+	if err != nil {
+		return Rule{}, err
+	}
+	var v bpf.DatapathRuleInfo
+	if err := lookup(m, id, &v); err != nil {
+		return Rule{}, fmt.Errorf("rule %d: %w", id, err)
+	}
+	r := Rule{ID: id, RuleInfo: policy.RuleInfo{
+		ID: v.Digest.Bytes, Direction: policy.Direction(v.Direction), Action: policy.Action(v.Action),
+		Index: int(v.Index), Text: text(v.Text[:]),
+	}}
+	if r.Policy, err = s.policyInfo(v.Policy); err != nil {
+		return r, fmt.Errorf("rule %d: %w", id, err)
+	}
+	r.RuleInfo.Policy = r.Policy.ID
+	r.Counter, err = s.counter(bpf.DatapathMapRuleCounters, id)
+	return r, err
+}
+
+func (s *State) policyInfo(id uint32) (policy.PolicyInfo, error) {
+	m, err := s.m(bpf.DatapathMapPolicyInfo)
+	if err != nil {
+		return policy.PolicyInfo{}, err
+	}
+	var v bpf.DatapathPolicyInfo
+	if err := lookup(m, id, &v); err != nil {
+		return policy.PolicyInfo{}, fmt.Errorf("policy %d: %w", id, err)
+	}
+	return policy.PolicyInfo{
+		ID: v.Digest.Bytes, UID: text(v.Uid[:]), Kind: text(v.Kind[:]),
+		Namespace: text(v.Namespace[:]), Name: text(v.Name[:]),
+	}, nil
+}
+
+func lookup[K, V any](m *ebpf.Map, k K, v *V) error {
+	err := m.Lookup(k, v)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return ErrNotFound
+	}
+	return err
+}
+
+// Ruleset as it is pinned.
+type Ruleset struct {
+	ID        uint32           `json:"id"`
+	Digest    policy.Digest    `json:"digest"`
+	Direction policy.Direction `json:"direction"`
+	Default   policy.Action    `json:"default"`
+	// DefaultRule attributes the default; nil if it has no rule.
+	DefaultRule *Rule               `json:"defaultRule,omitempty"`
+	Policies    []policy.PolicyInfo `json:"policies"`
+	// AnyPeer: classes without a cell use that of class 0.
+	AnyPeer bool `json:"anyPeer"`
+	// Cells by class.
+	Cells map[uint32][]Interval `json:"cells"`
+}
+
+// Interval of a pinned cell; see [policy.Interval].
+type Interval struct {
+	First, Last uint32
+	Action      policy.Action
+	Rule        uint32
+}
+
+// Ruleset reads a compiled ruleset with its cells. It returns [ErrNotFound]
+// for a number that is not in use.
+func (s *State) Ruleset(id uint32) (Ruleset, error) {
+	m, err := s.m(bpf.DatapathMapRulesets)
+	if err != nil {
+		return Ruleset{}, err
+	}
+	var v bpf.DatapathRuleset
+	if err := lookup(m, id, &v); err != nil {
+		return Ruleset{}, fmt.Errorf("ruleset %d: %w", id, err)
+	}
+	if v.Flags&uint8(bpf.DatapathRulesetFlagsRULESET_USED) == 0 {
+		return Ruleset{}, fmt.Errorf("ruleset %d: %w", id, ErrNotFound)
+	}
+	r := Ruleset{
+		ID: id, Digest: v.Digest.Bytes, Direction: policy.Direction(v.Direction), Default: policy.Action(v.Action),
+		AnyPeer: v.Flags&uint8(bpf.DatapathRulesetFlagsRULESET_ANY_PEER) != 0,
+	}
+	if v.Rule != 0 {
+		rule, err := s.Rule(v.Rule)
+		if err != nil {
+			return r, err
+		}
+		r.DefaultRule = &rule
+	}
+	members, err := s.m(bpf.DatapathMapRulesetPolicies)
+	if err != nil {
+		return r, err
+	}
+	for i := range v.Policies {
+		var number uint32
+		if err := lookup(members, bpf.DatapathRulesetPolicyKey{Ruleset: id, Index: i}, &number); err != nil {
+			return r, fmt.Errorf("ruleset %d: policy %d: %w", id, i, err)
+		}
+		p, err := s.policyInfo(number)
+		if err != nil {
+			return r, fmt.Errorf("ruleset %d: %w", id, err)
+		}
+		r.Policies = append(r.Policies, p)
+	}
+	r.Cells, err = s.pinnedCells(id)
+	return r, err
+}
+
+func (s *State) pinnedCells(ruleset uint32) (map[uint32][]Interval, error) {
+	m, err := s.m(bpf.DatapathMapCells)
+	if err != nil {
+		return nil, err
+	}
+	all, err := dump[bpf.DatapathCellKey, bpf.DatapathCell](m)
+	if err != nil {
+		return nil, err
+	}
+	out := map[uint32][]Interval{}
+	for k, c := range all {
+		if k.Ruleset != ruleset {
+			continue
+		}
+		for _, v := range c.Intervals[:min(int(c.Count), len(c.Intervals))] {
+			out[k.Class] = append(out[k.Class], Interval{v.First, v.Last, policy.Action(v.Action), v.Rule})
+		}
+	}
+	for _, intervals := range out {
+		slices.SortFunc(intervals, func(a, b Interval) int { return cmp.Compare(a.First, b.First) })
+	}
+	return out, nil
+}
+
+// FlowEntry is one tracked flow.
+type FlowEntry struct {
+	Endpoint    uint32
+	Direction   policy.Direction
+	Local, Peer netip.AddrPort
+	Protocol    policy.Protocol
+	State       flow.State
+	Verdict     flow.Verdict
+	Reason      flow.Reason
+	Rule        uint32
+	Ruleset     uint32
+	// Packets and Bytes by direction.
+	Packets, Bytes [2]uint64
+}
+
+// Flows yields the tracked flows, those of endpoints that are gone included:
+// the kernel drops them when it needs the room.
+func (s *State) Flows() iter.Seq2[FlowEntry, error] {
+	return func(yield func(FlowEntry, error) bool) {
+		m, err := s.m(bpf.DatapathMapFlows)
+		if err != nil {
+			yield(FlowEntry{}, err)
+			return
+		}
+		all, err := dump[bpf.DatapathFlowKey, bpf.DatapathFlow](m)
+		if err != nil {
+			yield(FlowEntry{}, err)
+			return
+		}
+		for k, f := range all {
+			e := FlowEntry{
+				Endpoint: k.Endpoint, Direction: policy.Direction(f.Direction),
+				Local:    netip.AddrPortFrom(unwire(k.Local), k.LocalPort),
+				Peer:     netip.AddrPortFrom(unwire(k.Peer), k.PeerPort),
+				Protocol: policy.Protocol(k.Protocol), State: flow.State(f.State),
+				Verdict: flow.Verdict(f.Verdict), Reason: flow.Reason(f.Reason),
+				Rule: f.Rule, Ruleset: f.Ruleset, Packets: f.Packets, Bytes: f.Bytes,
+			}
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
+// Events opens the event ring. It has one consumer: [ErrLocked] says that
+// there is one already.
+func (s *State) Events(ctx context.Context) (*flow.Reader, error) {
+	events, err := s.m(bpf.DatapathMapEvents)
+	if err != nil {
+		return nil, err
+	}
+	lost, err := s.m(bpf.DatapathMapLostEvents)
+	if err != nil {
+		return nil, err
+	}
+	if s.private {
+		return flow.NewReader(events, lost, nil)
+	}
+	now, cancel := context.WithCancel(ctx)
+	cancel()
+	l, err := acquire(now, s.layout.eventsDir())
+	if err != nil {
+		return nil, fmt.Errorf("event ring: %w", err)
+	}
+	r, err := flow.NewReader(events, lost, l.release)
+	if err != nil {
+		return nil, errors.Join(err, l.release())
+	}
+	return r, nil
+}
