@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -55,6 +56,10 @@ type State struct {
 	programs map[string]*ebpf.Program
 	shared   *shared
 	applied  *applied
+
+	// watches read shared memory until they are stopped.
+	watches     sync.WaitGroup
+	stopWatches []context.CancelFunc
 }
 
 // programNames by direction: index 0 judges ingress, 1 egress.
@@ -129,6 +134,10 @@ func Ensure(ctx context.Context, o Options) (*State, error) {
 
 // Close releases what the process holds; nothing pinned changes.
 func (s *State) Close() error {
+	for _, stop := range s.stopWatches {
+		stop()
+	}
+	s.watches.Wait()
 	var errs []error
 	for _, m := range s.opened {
 		errs = append(errs, m.Close())

@@ -20,7 +20,7 @@ const watchInterval = time.Second
 
 // Watch returns a channel that gets a value after endpoints changed, and after
 // a qdisc, filter or interface was removed, until ctx is done. Values are not
-// queued: whoever gets one looks at everything.
+// queued: whoever gets one looks at everything. Close ends the watch too.
 func (s *State) Watch(ctx context.Context) (<-chan struct{}, error) {
 	sh, err := s.memory()
 	if err != nil {
@@ -39,11 +39,13 @@ func (s *State) Watch(ctx context.Context) (<-chan struct{}, error) {
 		_ = files.Close()
 		return nil, fmt.Errorf("watch netlink: %w", err)
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	s.stopWatches = append(s.stopWatches, cancel)
 	lost := make(chan struct{}, 1)
 	go receiveLosses(ctx, sock, lost)
 
 	out := make(chan struct{}, 1)
-	go func() {
+	s.watches.Go(func() {
 		defer func() { _ = files.Close() }()
 		defer sock.Close()
 		seen := atomic.LoadUint32(&sh.state.Generation)
@@ -66,7 +68,7 @@ func (s *State) Watch(ctx context.Context) (<-chan struct{}, error) {
 				signal(out)
 			}
 		}
-	}()
+	})
 	return out, nil
 }
 
