@@ -37,6 +37,8 @@ type Object struct {
 
 	// Node is where a pod runs or will run; empty if not said.
 	Node string
+	// Ended says that a pod has terminated and will not come back.
+	Ended bool
 	// Audit puts a namespace's pods in audit mode. A pod has its own flag.
 	Audit bool
 }
@@ -56,7 +58,7 @@ func Translate(obj any) (Object, error) {
 		if err != nil {
 			return Object{}, err
 		}
-		return Object{Key: Key{"Pod", p.Namespace, p.Name}, Pod: &p, Node: obj.Spec.NodeName}, nil
+		return Object{Key: Key{"Pod", p.Namespace, p.Name}, Pod: &p, Node: obj.Spec.NodeName, Ended: ended(&obj.Status)}, nil
 	case *corev1.Namespace:
 		errs := validateMeta(&obj.ObjectMeta, validation.IsDNS1123Label)
 		errs = append(errs, metavalidation.ValidateLabels(obj.Labels, field.NewPath("metadata", "labels"))...)

@@ -55,6 +55,7 @@ func Pod(pod *corev1.Pod) (policy.Pod, error) {
 		Addresses:   addresses,
 		Ports:       ports,
 		HostNetwork: pod.Spec.HostNetwork,
+		Terminating: pod.DeletionTimestamp != nil,
 		Audit:       audit,
 	}, nil
 }
@@ -103,7 +104,7 @@ func audited(meta *metav1.ObjectMeta) (bool, field.ErrorList) {
 
 // podAddresses are podIPs; podIP where an old object has nothing else.
 func podAddresses(status *corev1.PodStatus) (out []netip.Addr, errs field.ErrorList) {
-	if status.Phase == corev1.PodSucceeded || status.Phase == corev1.PodFailed {
+	if ended(status) {
 		return nil, nil
 	}
 	path := field.NewPath("status", "podIPs")
@@ -126,6 +127,10 @@ func podAddresses(status *corev1.PodStatus) (out []netip.Addr, errs field.ErrorL
 		}
 	}
 	return out, errs
+}
+
+func ended(status *corev1.PodStatus) bool {
+	return status.Phase == corev1.PodSucceeded || status.Phase == corev1.PodFailed
 }
 
 // namedPorts collects the named ports of the containers that run with the pod:

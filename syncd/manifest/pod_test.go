@@ -37,7 +37,7 @@ func TestPod(t *testing.T) {
 		{
 			name: "everything",
 			manifest: `
-metadata: {namespace: shop, name: web.1, uid: u-1, labels: {app: web}, annotations: {podgate.io/audit: "true"}}
+metadata: {namespace: shop, name: web.1, uid: u-1, deletionTimestamp: "2026-01-02T03:04:05Z", labels: {app: web}, annotations: {podgate.io/audit: "true"}}
 spec:
   nodeName: n1
   containers:
@@ -66,7 +66,7 @@ status:
 					{Name: "dns", Protocol: policy.TCP, Port: 5353},
 					{Name: "proxy", Protocol: policy.SCTP, Port: 15001},
 				},
-				Audit: true,
+				Terminating: true, Audit: true,
 			},
 		},
 		{

@@ -1,0 +1,392 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package syncd
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"iter"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd/inventory"
+	"github.com/podgate/podgate/syncd/nodeaddr"
+	"github.com/podgate/podgate/syncd/source"
+	"github.com/podgate/podgate/syncd/status"
+)
+
+// State is what the daemon needs of a [pinning.State].
+type State interface {
+	Endpoints() iter.Seq2[pinning.Endpoint, error]
+	Bind(ctx context.Context, key pinning.AttachmentKey, pod policy.PodKey) error
+	Apply(ctx context.Context, update policy.Update) (pinning.Applied, error)
+	SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error
+	Repair(ctx context.Context) ([]pinning.Repaired, error)
+	Upgrade(ctx context.Context) (bool, error)
+	Watch(ctx context.Context) (<-chan struct{}, error)
+}
+
+// Options of a [Daemon]. Zero durations mean the defaults.
+type Options struct {
+	State     State
+	Source    source.Source
+	Inventory inventory.Options
+	// NodeAddresses delivers the node's addresses and their changes until ctx
+	// is done; [nodeaddr.Watch] if nil.
+	NodeAddresses func(ctx context.Context, logger *slog.Logger, deliver func([]netip.Addr)) error
+	// Report is told how the daemon is, at least once in [status.Interval]. It
+	// fills in what it knows better: process, version, place.
+	Report func(status.Status)
+	// Metrics may be nil.
+	Metrics *Metrics
+	Logger  *slog.Logger
+
+	// Grace is how long what an update replaced is kept, for packets under way
+	// and for updates that follow at once; default 1 s.
+	Grace time.Duration
+	// Retry is how long after a failure everything is applied again, at first;
+	// it doubles up to Repair. Default 1 s.
+	Retry time.Duration
+	// Repair is how often attachments are checked without a sign of trouble;
+	// default [status.Interval], which is also the most.
+	Repair time.Duration
+}
+
+// Daemon keeps the state of one node up to date.
+type Daemon struct {
+	opts      Options
+	log       *slog.Logger
+	inventory *inventory.Inventory
+	compiler  *policy.Compiler
+	problems  problems
+	synced    time.Time
+	// endpoints as last read, if listed: what has not been seen might look
+	// like gone.
+	endpoints []pinning.Endpoint
+	listed    bool
+	// nodeAddrs are to be set if there are any.
+	nodeAddrs []netip.Addr
+	// stale says that the state may miss something the compiler told before.
+	stale bool
+	retry time.Duration
+}
+
+// New is a daemon that has not begun.
+func New(opts Options) *Daemon {
+	opts.Grace = cmp.Or(opts.Grace, time.Second)
+	opts.Retry = cmp.Or(opts.Retry, time.Second)
+	opts.Repair = min(cmp.Or(opts.Repair, status.Interval), status.Interval)
+	if opts.NodeAddresses == nil {
+		opts.NodeAddresses = nodeaddr.Watch
+	}
+	if opts.Report == nil {
+		opts.Report = func(status.Status) {}
+	}
+	if opts.Metrics == nil {
+		opts.Metrics = NewMetrics()
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Daemon{
+		opts:      opts,
+		log:       opts.Logger,
+		inventory: inventory.New(opts.Inventory),
+		compiler:  policy.NewCompiler(),
+		problems:  newProblems(opts.Logger),
+		retry:     opts.Retry,
+	}
+}
+
+// Once applies the present state of the source and of the node, and returns
+// what stands in the way of enforcing all of it.
+func (d *Daemon) Once(ctx context.Context) ([]source.Problem, error) {
+	d.upgrade(ctx)
+	batch, err := d.opts.Source.Load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if d.nodeAddrs, err = nodeaddr.List(); err != nil {
+		return nil, err
+	}
+	d.setNodeAddresses(ctx)
+	d.take(batch)
+	d.repair(ctx)
+	d.refresh(ctx)
+	if d.compiler.Pending() && !d.stale {
+		d.apply(ctx, d.compiler.Compact())
+	}
+	d.report()
+	return d.problems.list(), nil
+}
+
+// Run keeps the state up to date until ctx is done. It fails only when the
+// source has no state to begin with.
+func (d *Daemon) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	batches := make(chan source.Batch)
+	g.Go(func() error {
+		return d.opts.Source.Run(ctx, func(b source.Batch) { send(ctx, batches, b) })
+	})
+	addrs := make(chan []netip.Addr)
+	failures := make(chan error)
+	g.Go(func() error {
+		d.followNode(ctx, addrs, failures)
+		return nil
+	})
+	g.Go(func() error {
+		d.loop(ctx, batches, addrs, failures)
+		return nil
+	})
+	return g.Wait()
+}
+
+func send[T any](ctx context.Context, to chan<- T, what T) {
+	select {
+	case to <- what:
+	case <-ctx.Done():
+	}
+}
+
+// followNode follows the node's addresses for as long as ctx lasts.
+func (d *Daemon) followNode(ctx context.Context, addrs chan<- []netip.Addr, failures chan<- error) {
+	for ctx.Err() == nil {
+		err := d.opts.NodeAddresses(ctx, d.log, func(a []netip.Addr) {
+			send(ctx, failures, nil)
+			send(ctx, addrs, a)
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		send(ctx, failures, fmt.Errorf("follow the node's addresses: %w", err))
+		select {
+		case <-ctx.Done():
+		case <-time.After(d.opts.Retry):
+		}
+	}
+}
+
+// loop is the only goroutine that touches the daemon.
+func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-chan []netip.Addr, failures <-chan error) {
+	d.upgrade(ctx)
+	changes := d.watch(ctx)
+	var (
+		// Nothing is compiled before the source has said everything once:
+		// what it has not said yet would look like gone.
+		ready   bool
+		compact <-chan time.Time
+		retry   <-chan time.Time
+	)
+	repair := time.NewTicker(d.opts.Repair)
+	defer repair.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case b := <-batches:
+			d.take(b)
+			ready = true
+		case _, ok := <-changes:
+			if !ok {
+				changes = nil
+			}
+			d.repair(ctx)
+		case d.nodeAddrs = <-addrs:
+			d.log.Info("addresses of the node", "addresses", d.nodeAddrs)
+			d.setNodeAddresses(ctx)
+		case err := <-failures:
+			d.problems.set("node addresses", "node addresses", err)
+		case <-repair.C:
+			if changes == nil {
+				changes = d.watch(ctx)
+			}
+			d.repair(ctx)
+		case <-retry:
+		case <-compact:
+			d.apply(ctx, d.compiler.Compact())
+		}
+		retry, compact = nil, nil
+		if ready {
+			d.refresh(ctx)
+			switch {
+			case d.stale:
+				retry = time.After(d.retry)
+				d.retry = min(2*d.retry, d.opts.Repair)
+			case d.compiler.Pending():
+				compact = time.After(d.opts.Grace)
+			}
+		}
+		d.report()
+	}
+}
+
+// watch follows the endpoints; without it changes show at the next repair.
+func (d *Daemon) watch(ctx context.Context) <-chan struct{} {
+	changes, err := d.opts.State.Watch(ctx)
+	d.problems.set("watch", "endpoints", err)
+	if err != nil {
+		return nil
+	}
+	return changes
+}
+
+// take notes a batch.
+func (d *Daemon) take(b source.Batch) {
+	d.inventory.Apply(b)
+	d.problems.replace("source", b.Problems)
+}
+
+// refresh brings the state up to date with the objects noted and the endpoints
+// there are.
+func (d *Daemon) refresh(ctx context.Context) {
+	if !d.readEndpoints() {
+		return
+	}
+	d.problems.replace("inventory", d.inventory.Update(d.compiler))
+	update := d.compiler.Compile()
+	if d.stale {
+		update = d.compiler.Snapshot()
+	}
+	d.bind(ctx)
+	if !isEmpty(&update) {
+		d.apply(ctx, update)
+	}
+}
+
+// isEmpty tells whether an update changes nothing.
+func isEmpty(u *policy.Update) bool {
+	return !u.Full && len(u.Policies)+len(u.Rules)+len(u.Rulesets)+len(u.Cells)+len(u.Classes)+len(u.Joins)+
+		len(u.Peers)+len(u.Subjects)+len(u.GonePeers)+len(u.GoneSubjects)+len(u.GoneJoins)+len(u.GoneRulesets)+
+		len(u.GoneClasses)+len(u.GoneRules)+len(u.GonePolicies) == 0
+}
+
+// readEndpoints reads the endpoints of the node and reports whether they are
+// known. One that cannot be read stays as it was.
+func (d *Daemon) readEndpoints() bool {
+	before := make(map[pinning.AttachmentKey]pinning.Endpoint, len(d.endpoints))
+	for _, ep := range d.endpoints {
+		before[ep.Key] = ep
+	}
+	var (
+		endpoints []pinning.Endpoint
+		failed    []source.Problem
+		complete  = true
+	)
+	for ep, err := range d.opts.State.Endpoints() {
+		old, known := before[ep.Key]
+		delete(before, ep.Key)
+		switch {
+		case err == nil:
+			endpoints = append(endpoints, ep)
+			continue
+		case known:
+			endpoints = append(endpoints, old)
+		case ep.Key == pinning.AttachmentKey{}:
+			complete = false
+		}
+		failed = append(failed, source.Problem{Subject: "endpoints", Reason: err.Error()})
+	}
+	if !complete {
+		endpoints = slices.AppendSeq(endpoints, maps.Values(before))
+	}
+	d.listed = d.listed || complete
+	d.endpoints = endpoints
+	d.problems.replace("endpoints", failed)
+	d.inventory.SetEndpoints(endpoints)
+	return d.listed
+}
+
+// bind tells the state which pod each endpoint belongs to.
+func (d *Daemon) bind(ctx context.Context) {
+	bindings := d.inventory.Bindings()
+	var failed []source.Problem
+	for _, ep := range d.endpoints {
+		pod, known := bindings[ep.Key]
+		if !known || ep.Pod == pod {
+			continue
+		}
+		if err := d.opts.State.Bind(ctx, ep.Key, pod); err != nil {
+			failed = append(failed, source.Problem{Subject: "endpoint " + ep.Key.String(), Reason: err.Error()})
+		}
+	}
+	d.problems.replace("bind", failed)
+}
+
+// apply hands an update to the state. When something of it could not be
+// written, the next one is the whole state.
+func (d *Daemon) apply(ctx context.Context, update policy.Update) {
+	began := time.Now()
+	applied, err := d.opts.State.Apply(ctx, update)
+	if ctx.Err() != nil {
+		return
+	}
+	failed := applied.Problems
+	if err != nil {
+		failed = append(failed, err)
+	}
+	d.opts.Metrics.applied(time.Since(began), len(failed) == 0)
+	d.log.Info("applied", "full", update.Full, "rulesets", applied.Rulesets, "cells", applied.Cells,
+		"peers", applied.Peers, "gates", applied.Gates, "problems", len(failed), "took", time.Since(began))
+	var problems []source.Problem
+	for _, err := range failed {
+		problems = append(problems, source.Problem{Subject: "kernel state", Reason: err.Error()})
+	}
+	d.problems.replace("apply", problems)
+	if d.stale = len(failed) > 0; !d.stale {
+		d.synced, d.retry = time.Now(), d.opts.Retry
+	}
+}
+
+// setNodeAddresses tells the state the node's addresses; repair does so again
+// if it fails.
+func (d *Daemon) setNodeAddresses(ctx context.Context) {
+	err := d.opts.State.SetNodeAddresses(ctx, d.nodeAddrs)
+	d.problems.set("set node addresses", "node addresses", err)
+	if err == nil {
+		d.nodeAddrs = nil
+	}
+}
+
+func (d *Daemon) upgrade(ctx context.Context) {
+	upgraded, err := d.opts.State.Upgrade(ctx)
+	d.problems.set("upgrade", "programs", err)
+	if upgraded {
+		d.log.Info("programs upgraded on every attachment")
+	}
+}
+
+// repair puts back what was lost.
+func (d *Daemon) repair(ctx context.Context) {
+	repaired, err := d.opts.State.Repair(ctx)
+	for _, r := range repaired {
+		d.log.Warn("repaired", "what", r)
+	}
+	if d.nodeAddrs != nil {
+		d.setNodeAddresses(ctx)
+	}
+	d.opts.Metrics.repaired(len(repaired))
+	d.problems.set("repair", "attachments", err)
+}
+
+func (d *Daemon) report() {
+	s := status.Status{
+		Updated:   time.Now(),
+		Synced:    d.synced,
+		Endpoints: len(d.endpoints),
+		Problems:  d.problems.list(),
+	}
+	s.Policies, s.Pods, s.Namespaces = d.inventory.Counts()
+	d.opts.Metrics.reported(s)
+	d.opts.Report(s)
+}

@@ -1,0 +1,421 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package syncd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd/inventory"
+	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/source"
+	"github.com/podgate/podgate/syncd/status"
+)
+
+// recorder is a state in which steps can be made to fail. It keeps what it was
+// told; the kernel's part is tested with the real one.
+type recorder struct {
+	mu        sync.Mutex
+	endpoints []pinning.Endpoint
+	subjects  map[policy.PodKey]policy.Subject
+	updates   []policy.Update
+	nodeAddrs []netip.Addr
+	calls     map[string]int
+	fail      map[string]error
+	changes   chan struct{}
+}
+
+func newRecorder() *recorder {
+	return &recorder{
+		subjects: make(map[policy.PodKey]policy.Subject),
+		calls:    make(map[string]int),
+		fail:     make(map[string]error),
+		changes:  make(chan struct{}, 1),
+	}
+}
+
+// step counts a call and answers the error it is to fail with.
+func (r *recorder) step(name string) error {
+	r.calls[name]++
+	return r.fail[name]
+}
+
+func (r *recorder) failing(name string, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fail[name] = err
+}
+
+func (r *recorder) attach(ep pinning.Endpoint) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.endpoints = append(r.endpoints, ep)
+	select {
+	case r.changes <- struct{}{}:
+	default:
+	}
+}
+
+func (r *recorder) Endpoints() iter.Seq2[pinning.Endpoint, error] {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	endpoints, err := slices.Clone(r.endpoints), r.step("Endpoints")
+	return func(yield func(pinning.Endpoint, error) bool) {
+		for _, ep := range endpoints {
+			if !yield(ep, nil) {
+				return
+			}
+		}
+		if err != nil {
+			yield(pinning.Endpoint{}, err)
+		}
+	}
+}
+
+func (r *recorder) Bind(_ context.Context, key pinning.AttachmentKey, pod policy.PodKey) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.step("Bind " + key.ContainerID); err != nil {
+		return err
+	}
+	for i := range r.endpoints {
+		if r.endpoints[i].Key == key {
+			r.endpoints[i].Pod = pod
+		}
+	}
+	return nil
+}
+
+func (r *recorder) Apply(_ context.Context, u policy.Update) (pinning.Applied, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.step("Apply"); errors.Is(err, pinning.ErrFull) {
+		return pinning.Applied{Problems: []error{err}}, nil
+	} else if err != nil {
+		return pinning.Applied{}, err
+	}
+	r.updates = append(r.updates, u)
+	if u.Full {
+		clear(r.subjects)
+	}
+	for _, s := range u.Subjects {
+		r.subjects[s.Pod] = s
+	}
+	for _, k := range u.GoneSubjects {
+		delete(r.subjects, k)
+	}
+	return pinning.Applied{}, nil
+}
+
+func (r *recorder) SetNodeAddresses(_ context.Context, addrs []netip.Addr) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.nodeAddrs = addrs
+	return r.step("SetNodeAddresses")
+}
+
+func (r *recorder) Repair(context.Context) ([]pinning.Repaired, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return nil, r.step("Repair")
+}
+
+func (r *recorder) Upgrade(context.Context) (bool, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return true, r.step("Upgrade")
+}
+
+func (r *recorder) Watch(context.Context) (<-chan struct{}, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.changes, r.step("Watch")
+}
+
+// feed is a source driven by the test.
+type feed struct {
+	batches chan source.Batch
+	err     error
+}
+
+func (f *feed) Load(context.Context) (source.Batch, error) { return <-f.batches, f.err }
+
+func (f *feed) Run(ctx context.Context, deliver func(source.Batch)) error {
+	if f.err != nil {
+		return f.err
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case b := <-f.batches:
+			deliver(b)
+		}
+	}
+}
+
+// bench runs a daemon on a recorder.
+type bench struct {
+	t       *testing.T
+	state   *recorder
+	feed    *feed
+	addrs   chan []netip.Addr
+	metrics *Metrics
+
+	mu   sync.Mutex
+	last status.Status
+}
+
+func start(t *testing.T, state *recorder) *bench {
+	t.Helper()
+	b := &bench{t: t, state: state, feed: &feed{batches: make(chan source.Batch)}, addrs: make(chan []netip.Addr), metrics: NewMetrics()}
+	d := New(Options{
+		State: state, Source: b.feed, Inventory: inventory.Options{Node: "n1", Unlisted: true},
+		NodeAddresses: func(ctx context.Context, _ *slog.Logger, deliver func([]netip.Addr)) error {
+			for {
+				select {
+				case <-ctx.Done():
+					return nil
+				case a, ok := <-b.addrs:
+					if !ok {
+						return errors.New("no netlink")
+					}
+					deliver(a)
+				}
+			}
+		},
+		Report: func(s status.Status) {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.last = s
+		},
+		Metrics: b.metrics,
+		Grace:   10 * time.Millisecond, Retry: 10 * time.Millisecond, Repair: 50 * time.Millisecond,
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- d.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return b
+}
+
+// until waits for a condition on state and status.
+func (b *bench) until(what string, ok func(r *recorder, s status.Status) bool) {
+	b.t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		b.mu.Lock()
+		b.state.mu.Lock()
+		done, s := ok(b.state, b.last), b.last
+		b.state.mu.Unlock()
+		b.mu.Unlock()
+		if done {
+			return
+		}
+		if time.Now().After(deadline) {
+			b.t.Fatalf("not %s: status %+v", what, s)
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (b *bench) set(text string) {
+	b.t.Helper()
+	objects, err := manifest.Decode("f.yaml", []byte(text))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.feed.batches <- source.Batch{Set: objects}
+}
+
+func subjectIs(key policy.PodKey, isolated bool) func(*recorder, status.Status) bool {
+	return func(r *recorder, _ status.Status) bool {
+		s, ok := r.subjects[key]
+		return ok && (s.Rulesets[policy.Ingress] != policy.Open) == isolated
+	}
+}
+
+func hasProblem(text string) func(*recorder, status.Status) bool {
+	return func(_ *recorder, s status.Status) bool {
+		return slices.ContainsFunc(s.Problems, func(p source.Problem) bool { return strings.Contains(p.Subject+": "+p.Reason, text) })
+	}
+}
+
+func hasNone(_ *recorder, s status.Status) bool { return len(s.Problems) == 0 && !s.Synced.IsZero() }
+
+func pod(name, label string) string {
+	return fmt.Sprintf("apiVersion: v1\nkind: Pod\nmetadata: {namespace: a, name: %q, labels: {l: %q}}\n---\n", name, label)
+}
+
+func isolate(label string) string {
+	return fmt.Sprintf("apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {namespace: a, name: p}\nspec: {podSelector: {matchLabels: {l: %q}}}\n---\n", label)
+}
+
+// attachment of the container c1, c2, … has the address 10.0.0.1, 10.0.0.2, …
+func attachment(container, podName string) pinning.Endpoint {
+	addr := netip.MustParseAddr("10.0.0." + strings.TrimPrefix(container, "c"))
+	ep := pinning.Endpoint{PodNamespace: "a", PodName: podName, Addresses: []netip.Addr{addr}}
+	ep.Key = pinning.AttachmentKey{ContainerID: container, IfName: "eth0"}
+	return ep
+}
+
+func TestRunWaitsForTheSource(t *testing.T) {
+	state := newRecorder()
+	state.attach(attachment("c1", "x"))
+	b := start(t, state)
+	b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	b.until("repairing and knowing the node", func(r *recorder, _ status.Status) bool { return r.calls["Repair"] > 2 && len(r.nodeAddrs) == 1 })
+	b.until("untouched", func(r *recorder, s status.Status) bool { return r.calls["Apply"] == 0 && s.Synced.IsZero() })
+	b.set(pod("x", "1") + isolate("1"))
+	b.until("isolated", subjectIs("a/x", true))
+	b.until("bound", func(r *recorder, _ status.Status) bool { return r.endpoints[0].Pod == "a/x" })
+	b.until("well", hasNone)
+	if !state.updates[0].Full {
+		t.Error("the first update is not full")
+	}
+}
+
+func TestRunFollows(t *testing.T) {
+	b := start(t, newRecorder())
+	b.set(pod("x", "1"))
+	b.until("expected and open", subjectIs("a/x", false))
+	b.set(isolate("1"))
+	b.until("isolated", subjectIs("a/x", true))
+	b.set(pod("x", "2"))
+	b.until("open", subjectIs("a/x", false))
+	b.state.attach(attachment("c1", "unlisted"))
+	b.until("known", subjectIs("a/unlisted", false))
+	b.set(isolate(""))
+	b.until("open, as it has no such label", subjectIs("a/unlisted", false))
+	b.feed.batches <- source.Batch{Gone: []manifest.Key{{Kind: "Pod", Namespace: "a", Name: "x"}}}
+	b.until("gone", func(r *recorder, _ status.Status) bool { _, ok := r.subjects["a/x"]; return !ok })
+	b.until("well", hasNone)
+}
+
+func TestRunRepeatsWhatFailed(t *testing.T) {
+	for _, err := range []error{errors.New("out of order"), fmt.Errorf("cells: %w", pinning.ErrFull)} {
+		t.Run(err.Error(), func(t *testing.T) { testRunRepeats(t, err) })
+	}
+}
+
+func testRunRepeats(t *testing.T, failure error) {
+	state := newRecorder()
+	b := start(t, state)
+	b.set(pod("x", "1"))
+	b.until("open", subjectIs("a/x", false))
+
+	state.failing("Apply", failure)
+	b.set(isolate("1"))
+	b.until("a problem", hasProblem("kernel state: "+failure.Error()))
+	b.until("tried again", func(r *recorder, _ status.Status) bool { return r.calls["Apply"] > 3 })
+	b.set(pod("y", "1"))
+	state.failing("Apply", nil)
+	b.until("isolated", subjectIs("a/x", true))
+	b.until("isolated", subjectIs("a/y", true))
+	b.until("well", hasNone)
+	b.until("a full update after the failure", func(r *recorder, _ status.Status) bool {
+		return slices.ContainsFunc(r.updates[1:], func(u policy.Update) bool { return u.Full })
+	})
+}
+
+func TestRunGoesOn(t *testing.T) {
+	for _, step := range []string{"Upgrade", "Watch", "Repair", "SetNodeAddresses", "Endpoints", "Bind c1"} {
+		t.Run(step, func(t *testing.T) {
+			state := newRecorder()
+			state.failing(step, errors.New("out of order"))
+			state.attach(attachment("c1", "x"))
+			state.attach(attachment("c2", "y"))
+			b := start(t, state)
+			b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+			b.until("a problem", func(r *recorder, s status.Status) bool {
+				return step == "Endpoints" || step == "Bind c1" || hasProblem("out of order")(r, s)
+			})
+			b.set(pod("x", "1") + pod("y", "1") + isolate("1"))
+			b.until("a problem", hasProblem("out of order"))
+			if step == "Endpoints" {
+				b.until("untouched", func(r *recorder, _ status.Status) bool { return r.calls["Apply"] == 0 })
+			} else {
+				b.until("isolated", subjectIs("a/x", true))
+				b.until("isolated", subjectIs("a/y", true))
+			}
+			if step == "Upgrade" {
+				return // not tried again before the next start
+			}
+			state.failing(step, nil)
+			b.until("well", hasNone)
+			b.until("bound", func(r *recorder, _ status.Status) bool {
+				return r.endpoints[0].Pod == "a/x" && r.endpoints[1].Pod == "a/y"
+			})
+		})
+	}
+}
+
+func TestRunWithoutNetlink(t *testing.T) {
+	b := start(t, newRecorder())
+	close(b.addrs)
+	b.until("a problem", hasProblem("no netlink"))
+	b.set(pod("x", "1") + isolate("1"))
+	b.until("isolated", subjectIs("a/x", true))
+}
+
+func TestRunWithoutSource(t *testing.T) {
+	d := New(Options{State: newRecorder(), Source: &feed{err: errors.New("no directory")},
+		NodeAddresses: func(ctx context.Context, _ *slog.Logger, _ func([]netip.Addr)) error {
+			<-ctx.Done()
+			return nil
+		}})
+	if err := d.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "no directory") {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+// TestMetrics asks that what the status says can be alerted on.
+func TestMetrics(t *testing.T) {
+	state := newRecorder()
+	b := start(t, state)
+	b.feed.batches <- source.Batch{Problems: []source.Problem{{Subject: "/p/a.yaml", Reason: "broken"}}}
+	b.until("a problem", hasProblem("/p/a.yaml: broken"))
+
+	registry := prometheus.NewRegistry()
+	if err := registry.Register(b.metrics); err != nil {
+		t.Fatal(err)
+	}
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, f := range families {
+		for _, m := range f.GetMetric() {
+			for _, l := range m.GetLabel() {
+				got = append(got, fmt.Sprintf("%s{%s=%s} %v", f.GetName(), l.GetName(), l.GetValue(), m.GetGauge().GetValue()+m.GetCounter().GetValue()))
+			}
+		}
+	}
+	for _, want := range []string{"podgate_sync_problems{subject=/p/a.yaml} 1", "podgate_sync_objects{kind=pod} 0", "podgate_sync_applies_total{result=error} 0"} {
+		if !slices.Contains(got, want) {
+			t.Errorf("no %s in %q", want, got)
+		}
+	}
+}

@@ -1,0 +1,179 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package inventory
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/source"
+)
+
+// derived is what objects and endpoints amount to.
+type derived struct {
+	policies   map[string]*policy.Policy
+	namespaces map[string]policy.Namespace
+	pods       map[policy.PodKey]policy.Pod
+	bindings   map[pinning.AttachmentKey]policy.PodKey
+	problems   []source.Problem
+}
+
+func (i *Inventory) derive() *derived {
+	d := &derived{
+		policies:   make(map[string]*policy.Policy),
+		namespaces: make(map[string]policy.Namespace),
+		pods:       make(map[policy.PodKey]policy.Pod),
+		bindings:   make(map[pinning.AttachmentKey]policy.PodKey),
+	}
+	audited := make(map[string]bool)
+	var objects []manifest.Object // of pods
+	for _, o := range i.objects {
+		switch {
+		case o.Policy != nil:
+			d.policies[o.Policy.UID] = o.Policy
+		case o.Namespace != nil:
+			d.namespaces[o.Name] = *o.Namespace
+			audited[o.Name] = o.Audit
+		case o.Pod != nil:
+			objects = append(objects, o)
+		}
+	}
+
+	attached := i.bind(d, objects)
+	for _, o := range objects {
+		pod := *o.Pod
+		mine := attached[pod.Key]
+		pod.Local = len(mine) > 0 || i.opts.AllLocal || i.expected(o)
+		if len(mine) > 0 {
+			// The node knows better than a status that may be old.
+			pod.Addresses = routable(mine)
+		}
+		d.pods[pod.Key] = pod
+	}
+	for key, endpoints := range attached {
+		if _, listed := d.pods[key]; !listed {
+			d.pods[key] = unlisted(key, endpoints)
+		}
+	}
+	for key, pod := range d.pods {
+		pod.Audit = pod.Audit || audited[pod.Namespace]
+		d.pods[key] = pod
+		if _, ok := d.namespaces[pod.Namespace]; !ok {
+			d.namespaces[pod.Namespace] = manifest.NamespaceOf(pod.Namespace, nil)
+		}
+	}
+	d.settleAddresses(attached)
+	return d
+}
+
+// expected says that a pod without an endpoint may get one here, so that its
+// rulesets must be there before.
+func (i *Inventory) expected(o manifest.Object) bool {
+	if o.Node != "" {
+		return o.Node == i.opts.Node
+	}
+	return len(o.Pod.Addresses) == 0
+}
+
+// bind finds the pod of each endpoint and answers each pod's endpoints.
+func (i *Inventory) bind(d *derived, objects []manifest.Object) map[policy.PodKey][]pinning.Endpoint {
+	byUID := make(map[string]policy.PodKey)
+	byName := make(map[[2]string]*policy.Pod)
+	for _, o := range objects {
+		if o.Pod.UID != "" {
+			byUID[o.Pod.UID] = o.Pod.Key
+		}
+		byName[[2]string{o.Pod.Namespace, o.Pod.Name}] = o.Pod
+	}
+	find := func(ep *pinning.Endpoint) (policy.PodKey, bool) {
+		if key, ok := byUID[ep.PodUID]; ok {
+			return key, true
+		}
+		pod, ok := byName[[2]string{namespaceOf(ep), ep.PodName}]
+		if ok && (i.opts.Unlisted || pod.UID == "" || ep.PodUID == "") {
+			return pod.Key, true
+		}
+		return manifest.PodKey(ep.PodUID, namespaceOf(ep), nameOf(ep)), i.opts.Unlisted
+	}
+	attached := make(map[policy.PodKey][]pinning.Endpoint)
+	for e := range i.endpoints {
+		ep := &i.endpoints[e]
+		if key, ok := find(ep); ok {
+			attached[key] = append(attached[key], *ep)
+			d.bindings[ep.Key] = key
+		}
+	}
+	return attached
+}
+
+// unlisted is the pod that endpoints belong to and no object describes.
+func unlisted(key policy.PodKey, endpoints []pinning.Endpoint) policy.Pod {
+	first := &endpoints[0]
+	return policy.Pod{
+		Key:       key,
+		UID:       first.PodUID,
+		Namespace: namespaceOf(first),
+		Name:      nameOf(first),
+		Labels:    maps.Clone(first.Labels),
+		Addresses: routable(endpoints),
+		Local:     true,
+	}
+}
+
+func namespaceOf(ep *pinning.Endpoint) string {
+	return cmp.Or(ep.PodNamespace, corev1.NamespaceDefault)
+}
+
+// nameOf is the container ID where the runtime knows no pods.
+func nameOf(ep *pinning.Endpoint) string { return cmp.Or(ep.PodName, ep.Key.ContainerID) }
+
+// settleAddresses takes addresses that a local pod has away from all others: of
+// local pods the one attached last has it, and a status elsewhere that still
+// names it is only old. Of pods elsewhere the compiler chooses.
+func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint) {
+	latest := func(key policy.PodKey) uint32 {
+		if eps := attached[key]; len(eps) > 0 {
+			return eps[len(eps)-1].ID
+		}
+		return 0
+	}
+	order := slices.SortedFunc(maps.Keys(d.pods), func(a, b policy.PodKey) int {
+		p, q := d.pods[a], d.pods[b]
+		return cmp.Or(cmp.Compare(latest(b), latest(a)),
+			cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name, q.Name), cmp.Compare(a, b))
+	})
+	owner := make(map[netip.Addr]policy.PodKey)
+	for _, key := range order {
+		pod := d.pods[key]
+		if pod.HostNetwork {
+			continue
+		}
+		pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), func(a netip.Addr) bool {
+			first, taken := owner[a]
+			if !taken {
+				owner[a] = key
+				return false
+			}
+			local := latest(first) > 0
+			if local == (latest(key) > 0) && !pod.Terminating && !d.pods[first].Terminating {
+				d.problems = append(d.problems, source.Problem{
+					Subject: podName(pod),
+					Reason:  fmt.Sprintf("its address %v is also that of %s", a, podName(d.pods[first])),
+				})
+			}
+			return local
+		})
+		d.pods[key] = pod
+	}
+}
