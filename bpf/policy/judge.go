@@ -57,8 +57,10 @@ func (v Verdict) String() string {
 			names[i] = p.String()
 		}
 		return "deny: isolated by " + strings.Join(names, ", ") + ", no rule matched"
-	default:
+	case v.Rule.Text == "":
 		return fmt.Sprintf("%s: %s, %s rule %d", v.Action, v.Policy, v.Rule.Direction, v.Rule.Index)
+	default:
+		return fmt.Sprintf("%s: %s, %s rule %d: %s", v.Action, v.Policy, v.Rule.Direction, v.Rule.Index, v.Rule.Text)
 	}
 }
 
