@@ -153,27 +153,20 @@ func (s *State) classify(pod policy.PodKey, class uint32, addrs []netip.Addr) er
 // join is the class of a pod's address inside a block. Where nobody has
 // worked it out the block's own class is the answer that allows less.
 func (s *State) join(class uint32, a netip.Addr) (uint32, error) {
-	blocks, err := s.m(bpf.DatapathMapBlocks)
-	if err != nil {
-		return 0, err
-	}
-	var block bpf.DatapathPeer
-	key := blockKey(netip.PrefixFrom(a, a.BitLen()))
-	if err := blocks.Lookup(&key, &block); errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && block.Class == 0 {
-		return class, nil
-	} else if err != nil {
-		return 0, fmt.Errorf("block of %s: %w", a, err)
+	block, err := s.blockClass(netip.PrefixFrom(a, a.BitLen()))
+	if err != nil || block == 0 {
+		return class, err
 	}
 	if class == 0 {
-		return block.Class, nil
+		return block, nil
 	}
 	joins, err := s.m(bpf.DatapathMapJoins)
 	if err != nil {
 		return 0, err
 	}
 	var joined uint32
-	if err := joins.Lookup(&bpf.DatapathJoinKey{Pod: class, Block: block.Class}, &joined); err != nil {
-		return block.Class, nil //nolint:nilerr // an unknown join is no failure: see above
+	if err := joins.Lookup(&bpf.DatapathJoinKey{Pod: class, Block: block}, &joined); err != nil {
+		return block, nil //nolint:nilerr // an unknown join is no failure: see above
 	}
 	return joined, nil
 }

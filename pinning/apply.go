@@ -110,11 +110,20 @@ func (w *writer) write(ctx context.Context, u policy.Update) error {
 	for _, subject := range u.Subjects {
 		w.a.wanted[subject.Pod] = subject
 	}
-	if err := w.peers(u); err != nil {
+	peers, crossed, err := w.cross(u)
+	if err != nil {
+		return err
+	}
+	if err := w.peers(u, peers); err != nil {
 		return err
 	}
 	if err := w.locked(ctx, func() error { return w.flip(u) }); err != nil {
 		return err
+	}
+	if len(crossed) > 0 {
+		if err := w.peers(u, crossed); err != nil {
+			return err
+		}
 	}
 	return w.retire(u)
 }

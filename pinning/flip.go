@@ -18,7 +18,7 @@ import (
 
 // peers sets the class of addresses. Whatever class a peer has, old or new,
 // every ruleset has its cells by now.
-func (w *writer) peers(u policy.Update) error {
+func (w *writer) peers(u policy.Update, list []policy.PeerEntry) error {
 	peers, err := w.m(bpf.DatapathMapPeers)
 	if err != nil {
 		return err
@@ -35,7 +35,7 @@ func (w *writer) peers(u policy.Update) error {
 		}
 		entries = entries[:0]
 	}
-	for _, p := range u.Peers {
+	for _, p := range list {
 		w.a.peers[policy.PeerKey{Prefix: p.Prefix, Exact: p.Exact}] = struct{}{}
 		class, ok := w.a.classID(p.Class)
 		if !ok {
@@ -61,7 +61,7 @@ func (w *writer) peers(u policy.Update) error {
 	if err := w.reclassify(u); err != nil {
 		return err
 	}
-	if len(u.Peers) > 0 || len(u.GonePeers) > 0 || u.Full {
+	if len(list) > 0 || len(u.GonePeers) > 0 || u.Full {
 		return w.addressesMoved()
 	}
 	return nil
