@@ -104,6 +104,7 @@ static __always_inline int pass(struct __sk_buff *skb, __u8 tcp_flags,
 	__u64 now = bpf_jiffies64();
 
 	if ((tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST)) ||
+	    f->state == FLOW_CLOSED ||
 	    (f->state == FLOW_NEW && dir != f->direction))
 		flow_advance(f, tcp_flags, dir, now);
 	else if (now - f->seen > jiffies_per_second)
@@ -199,20 +200,25 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 		alive = f->identity == flow_identity(&p->key) &&
 			!flow_expired(f, bpf_jiffies64());
 	/* A SYN from the other side asks for a connection of its own. */
-	if (f && alive && (dir == f->direction || !tcp_opens(p->tcp_flags)) &&
-	    judge_flow(j, rulesets, f, p->key.protocol, false)) {
-		if (j->action == ACTION_DENY && !(gate->flags & GATE_AUDIT))
-			return refuse(skb, where);
-		f->verdict = j->action == ACTION_ALLOW ? VERDICT_ALLOWED :
-							 VERDICT_AUDITED;
-		f->rule = j->rule;
-		f->ruleset = j->ruleset;
-		f->class = j->class;
-		f->reason = j->reason;
-		if (j->owner)
-			f->owner = j->owner;
-		f->valid = valid;
-		return pass(skb, p->tcp_flags, f, where);
+	if (f && alive && (dir == f->direction || !tcp_opens(p->tcp_flags))) {
+		if (judge_flow(j, rulesets, f, p->key.protocol, false)) {
+			if (j->action == ACTION_DENY &&
+			    !(gate->flags & GATE_AUDIT))
+				return refuse(skb, where);
+			f->verdict = j->action == ACTION_ALLOW ?
+					     VERDICT_ALLOWED :
+					     VERDICT_AUDITED;
+			f->rule = j->rule;
+			f->ruleset = j->ruleset;
+			f->class = j->class;
+			f->reason = j->reason;
+			if (j->owner)
+				f->owner = j->owner;
+			f->valid = valid;
+			return pass(skb, p->tcp_flags, f, where);
+		}
+		/* The flow was a former owner's of the peer address. */
+		alive = false;
 	}
 
 	judge(ruleset_of(rulesets, dir),

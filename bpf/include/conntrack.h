@@ -74,8 +74,8 @@ static __always_inline bool tcp_opens(__u8 flags)
 }
 
 /*
- * State changes of a flow: the first reply, and TCP packets with SYN, FIN or
- * RST. The caller's packet has been allowed.
+ * State changes of a flow: the first reply, TCP packets with SYN, FIN or RST,
+ * and whatever follows a RST. The caller's packet has been allowed.
  */
 static __noinline int flow_advance(struct flow *f, __u32 tcp_flags, __u32 dir,
 				   __u64 now)
@@ -99,6 +99,10 @@ static __noinline int flow_advance(struct flow *f, __u32 tcp_flags, __u32 dir,
 			f->flags |= FLOW_RTT;
 		}
 	}
+	/* It goes on after all: the RST was not for real. */
+	if (f->state == FLOW_CLOSED && !(tcp_flags & (TCP_SYN | TCP_RST)) &&
+	    (f->flags & fins) != fins)
+		f->state = FLOW_ESTABLISHED;
 	if (tcp_flags & TCP_FIN) {
 		f->flags |= dir == DIRECTION_INGRESS ? FLOW_FIN_INGRESS :
 						       FLOW_FIN_EGRESS;
