@@ -4,6 +4,7 @@
 package manifest
 
 import (
+	"cmp"
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
@@ -22,6 +23,11 @@ type Key struct {
 
 // String is "Kind namespace/name".
 func (k Key) String() string { return objectName(k.Kind, k.Namespace, k.Name) }
+
+// Compare orders keys by kind, namespace and name.
+func (k Key) Compare(o Key) int {
+	return cmp.Or(cmp.Compare(k.Kind, o.Kind), cmp.Compare(k.Namespace, o.Namespace), cmp.Compare(k.Name, o.Name))
+}
 
 // Object is a translated object. Exactly one of Policy, Pod, Namespace is set.
 type Object struct {

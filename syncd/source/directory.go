@@ -29,6 +29,8 @@ type DirectoryOptions struct {
 	// file that is broken when the process starts keeps its policy too. Empty
 	// for none.
 	Cache string
+	// ReadOnly leaves the cache as it is, for who reads beside the daemon.
+	ReadOnly bool
 	// Settle is how long after a change the files are left to settle, default
 	// 100 ms; Rescan how often they are read without a change seen, default
 	// 30 s.
@@ -76,7 +78,7 @@ func NewDirectory(opts DirectoryOptions) *Directory {
 		since: make(map[Problem]time.Time),
 	}
 	if opts.Cache != "" {
-		d.cache = newCache(opts.Cache, opts.Path)
+		d.cache = newCache(opts.Cache, opts.Path, opts.ReadOnly)
 	}
 	return d
 }

@@ -1,0 +1,172 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package reach
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd/inventory"
+	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/nodeaddr"
+	"github.com/podgate/podgate/syncd/source"
+)
+
+// FromDirectory answers about the manifests in a directory as if every pod in
+// them ran here. Pods without an address get one, see [Evaluator.Assumed].
+// Nothing pinned is read. The programs and tables are loaded for this process
+// alone; where that is not possible (it needs CAP_BPF) KernelErr says why and
+// the compiler answers alone.
+func FromDirectory(ctx context.Context, dir string, logger *slog.Logger) (*Evaluator, error) {
+	batch, err := source.NewDirectory(source.DirectoryOptions{Path: dir, Logger: logger}).Load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	e := newEvaluator()
+	e.assumeAddresses(batch.Set)
+	e.take(batch, inventory.Options{AllLocal: true}, nil)
+	update := e.compiler.Compile()
+	if e.state, e.KernelErr = e.private(ctx, update, logger); e.KernelErr == nil {
+		e.owned = true
+	}
+	return e, nil
+}
+
+// Node says where to find what a node's daemon reads.
+type Node struct {
+	// PolicyDir and Cache as of [source.DirectoryOptions]; without a PolicyDir
+	// only the kernel answers, and only about the pods attached here.
+	PolicyDir, Cache string
+	Name             string
+	Logger           *slog.Logger
+}
+
+// FromNode answers about what is enforced on this node: the compiler from the
+// manifests the daemon reads, the kernel from what is pinned. The state is read
+// and stays the caller's.
+func FromNode(ctx context.Context, state *pinning.State, n Node) (*Evaluator, error) {
+	e := newEvaluator()
+	e.state = state
+	var endpoints []pinning.Endpoint
+	for ep, err := range state.Endpoints() {
+		if err != nil {
+			return nil, err
+		}
+		endpoints = append(endpoints, ep)
+	}
+	addrs, err := nodeaddr.List()
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range addrs {
+		e.node[a] = struct{}{}
+	}
+	var batch source.Batch
+	if n.PolicyDir == "" {
+		e.PolicyErr = errors.New("where the manifests are is not known; name them with --policy-dir")
+	} else {
+		dir := source.NewDirectory(source.DirectoryOptions{
+			Path: n.PolicyDir, Cache: n.Cache, ReadOnly: true, Logger: n.Logger,
+		})
+		if batch, err = dir.Load(ctx); err != nil {
+			e.PolicyErr = err
+		}
+	}
+	e.take(batch, inventory.Options{Node: n.Name, Unlisted: true, AllLocal: true}, endpoints)
+	e.compiler.Compile()
+	bindings := e.inventory.Bindings()
+	for _, ep := range endpoints {
+		if key, ok := bindings[ep.Key]; ok {
+			e.gates[key] = append(e.gates[key], gate{ep.Gate, ep.Addresses})
+		}
+	}
+	return e, nil
+}
+
+func newEvaluator() *Evaluator {
+	return &Evaluator{
+		compiler: policy.NewCompiler(),
+		gates:    make(map[policy.PodKey][]gate),
+		assumed:  make(map[netip.Addr]struct{}),
+		node:     make(map[netip.Addr]struct{}),
+	}
+}
+
+// take fills inventory and compiler.
+func (e *Evaluator) take(batch source.Batch, opts inventory.Options, endpoints []pinning.Endpoint) {
+	e.inventory = inventory.New(opts)
+	e.inventory.Apply(batch)
+	e.inventory.SetEndpoints(endpoints)
+	e.Problems = append(batch.Problems, e.inventory.Update(e.compiler)...)
+}
+
+// private loads the update into tables of this process, with a gate for every
+// pod.
+func (e *Evaluator) private(ctx context.Context, update policy.Update, logger *slog.Logger) (_ *pinning.State, err error) {
+	pods := e.inventory.Pods()
+	state, err := pinning.NewPrivate(ctx, pinning.Options{
+		// No packets pass: what only they need may be small.
+		Capacity: pinning.Capacity{Endpoints: uint32(len(pods) + 1), Flows: 1024, Fragments: 64, EventBytes: 4096},
+		Logger:   logger,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, state.Close())
+		}
+	}()
+	applied, err := state.Apply(ctx, update)
+	if err := errors.Join(append(applied.Problems, err)...); err != nil {
+		return nil, err
+	}
+	for i := range pods {
+		p := &pods[i]
+		if p.HostNetwork || len(p.Addresses) == 0 {
+			continue
+		}
+		number, err := state.PrivateGate(p.Key, p.Addresses)
+		if err != nil {
+			return nil, fmt.Errorf("gate for %s: %w", podName(p), err)
+		}
+		e.gates[p.Key] = []gate{{number, p.Addresses}}
+	}
+	return state, nil
+}
+
+// assumeAddresses gives pods without an address one from the ranges set aside
+// for benchmarks (RFC 2544, RFC 5180), of both families.
+func (e *Evaluator) assumeAddresses(objects []manifest.Object) {
+	taken := make(map[netip.Addr]struct{})
+	for _, o := range objects {
+		if o.Pod != nil {
+			for _, a := range o.Pod.Addresses {
+				taken[a] = struct{}{}
+			}
+		}
+	}
+	next := [2]netip.Addr{netip.MustParseAddr("198.18.0.0"), netip.MustParseAddr("2001:2::")}
+	for _, o := range objects {
+		if o.Pod == nil || o.Ended || o.Pod.HostNetwork || len(o.Pod.Addresses) > 0 {
+			continue
+		}
+		for i := range next {
+			for next[i] = next[i].Next(); ; next[i] = next[i].Next() {
+				if _, used := taken[next[i]]; !used {
+					break
+				}
+			}
+			o.Pod.Addresses = append(o.Pod.Addresses, next[i])
+			e.assumed[next[i]] = struct{}{}
+		}
+	}
+}
