@@ -197,13 +197,15 @@ func (s *State) published(pod policy.PodKey) (v bpf.DatapathPod, found bool, err
 	return bpf.DatapathPod{}, false, nil
 }
 
-// await polls the gate, not the daemon, until the policy is known.
+// await polls the gate and the published policy, not the daemon, until the
+// policy is known. The daemon may also turn the gate to a pod of another key.
 func (s *State) await(ctx context.Context, e Endpoint, wait time.Duration) Enforcement {
 	deadline := time.Now().Add(wait)
 	for {
 		enforced := s.shared.enforcement(e.Gate)
 		_, found, err := s.published(e.Pod)
-		if found || err != nil || !time.Now().Before(deadline) {
+		known := found || enforced != e.Mode.enforcement()
+		if known || err != nil || !time.Now().Before(deadline) {
 			return enforced
 		}
 		select {
