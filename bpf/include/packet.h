@@ -407,7 +407,7 @@ __noinline int parse_v6(struct __sk_buff *skb, __u32 dir)
 	struct packet *p;
 	/* Aligned so that its addresses can be read as words. */
 	struct ipv6hdr ip __attribute__((aligned(8)));
-	__u32 at, end;
+	__u32 at, end, extensions = 0;
 	__u8 next;
 
 	if (!s)
@@ -428,7 +428,11 @@ __noinline int parse_v6(struct __sk_buff *skb, __u32 dir)
 	at = p->l3 + sizeof(ip);
 	next = ip.nexthdr;
 
-	for (int i = 0; i <= EXTENSIONS_MAX; i++) {
+	/*
+	 * The test is at the end, so that the way back is a jump: up to 6.1 the
+	 * verifier rejects a loop whose last instruction falls into its first.
+	 */
+	do {
 		__u8 h[8] = {};
 		__u16 offset;
 
@@ -447,7 +451,7 @@ __noinline int parse_v6(struct __sk_buff *skb, __u32 dir)
 				p->reason = REASON_FRAGMENT;
 			return p->shape;
 		}
-		if (i == EXTENSIONS_MAX)
+		if (extensions++ == EXTENSIONS_MAX)
 			return bad(p, REASON_EXTENSIONS);
 		if (at + 8 > end || bpf_skb_load_bytes(skb, at, h, 8))
 			return bad(p, REASON_MALFORMED);
@@ -475,10 +479,8 @@ __noinline int parse_v6(struct __sk_buff *skb, __u32 dir)
 			at += ((__u32)h[1] + 1) * 8;
 		}
 		next = h[0];
-		if (at > end)
-			return bad(p, REASON_MALFORMED);
-	}
-	return bad(p, REASON_EXTENSIONS);
+	} while (at <= end);
+	return bad(p, REASON_MALFORMED);
 }
 
 /*
