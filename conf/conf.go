@@ -169,9 +169,8 @@ func Parse(b []byte) (*NetConf, error) {
 
 // IPAM is the ipam object of a main plugin whose IPAM is podgate-ipam.
 type IPAM struct {
-	// CNIVersion and Name are those of the list, Valid those of a GC call.
-	CNIVersion, Name string
-	Valid            Attachments
+	// CNIVersion is that of the list.
+	CNIVersion string
 	// Delegate (key "delegate") is the ipam object of the IPAM plugin that
 	// does the work, with all its keys; DelegateType is its type.
 	Delegate     json.RawMessage
@@ -189,9 +188,7 @@ func ParseIPAM(b []byte) (*IPAM, error) {
 	c := &IPAM{Instance: d.Instance, Log: d.Log}
 	var outer struct {
 		CNIVersion string          `json:"cniVersion"`
-		Name       string          `json:"name"`
 		IPAM       json.RawMessage `json:"ipam"`
-		Valid      Attachments     `json:"cni.dev/valid-attachments"`
 	}
 	if err := json.Unmarshal(b, &outer); err != nil {
 		return nil, fmt.Errorf("podgate-ipam: %w: %w", ErrDecode, err)
@@ -199,7 +196,7 @@ func ParseIPAM(b []byte) (*IPAM, error) {
 	if outer.IPAM == nil {
 		return nil, fmt.Errorf("podgate-ipam: %w: ipam: missing", ErrInvalid)
 	}
-	c.CNIVersion, c.Name, c.Valid = outer.CNIVersion, outer.Name, outer.Valid
+	c.CNIVersion = outer.CNIVersion
 	keys := object{"type": nil, "delegate": (*delegate)(c)}
 	keys.add(c.Instance.keys())
 	keys.add(c.Log.keys())

@@ -156,7 +156,6 @@ func TestParseFaults(t *testing.T) {
 func TestParseIPAM(t *testing.T) {
 	got, err := ParseIPAM([]byte(`{
 		"cniVersion": "1.1.0", "name": "net", "type": "bridge", "bridge": "br0", "mode": "whatever the main plugin takes",
-		"cni.dev/valid-attachments": [],
 		"ipam": {"type": "podgate-ipam", "instance": "two", "logLevel": "info", "delegate": {"type": "host-local", "subnet": "10.0.0.0/24"}}
 	}`))
 	if err != nil {
@@ -164,8 +163,7 @@ func TestParseIPAM(t *testing.T) {
 	}
 	d := Defaults()
 	want := &IPAM{
-		CNIVersion: "1.1.0", Name: "net",
-		Valid:        Attachments{Given: true, List: []types.GCAttachment{}},
+		CNIVersion:   "1.1.0",
 		Delegate:     []byte(`{"type": "host-local", "subnet": "10.0.0.0/24"}`),
 		DelegateType: "host-local",
 		Instance:     Instance{BPFFS: d.BPFFS, Instance: "two"},
