@@ -21,6 +21,15 @@ func (p Plugin) With(more Plugin) Plugin {
 	return c
 }
 
+// JSON is the object as a plugin reads it.
+func (p Plugin) JSON() ([]byte, error) {
+	b, err := json.Marshal(p)
+	if err != nil {
+		return nil, fmt.Errorf("netlab: plugin: %w", err)
+	}
+	return b, nil
+}
+
 // Conflist is a network configuration list.
 type Conflist struct {
 	CNIVersion string   `json:"cniVersion"`
