@@ -77,7 +77,7 @@ func (s *State) claim(k AttachmentKey, endpoint uint32, addrs []netip.Addr) erro
 		if err := put(claims, &w, &value); err != nil {
 			return fmt.Errorf("claim %s: %w", a, err)
 		}
-		if old.Attachment != key {
+		if former := (old.Attachment != bpf.DatapathAttachment{}); former && old.Attachment != key {
 			if err := remove(peers, &w); err != nil {
 				return fmt.Errorf("claim %s: %w", a, err)
 			}
@@ -127,25 +127,40 @@ func (s *State) claimed(claims *ebpf.Map, key bpf.DatapathAttachment) ([]netip.A
 	return addrs, err
 }
 
-// classify gives a new endpoint's addresses the class its pod is published
-// with, joined with that of the block they are in.
+// classify gives a new endpoint's addresses their class, less those that the
+// daemon knew to be the pod's before ADD did.
 func (s *State) classify(pod policy.PodKey, class uint32, addrs []netip.Addr) error {
 	peers, err := s.m(bpf.DatapathMapPeers)
 	if err != nil {
 		return err
 	}
 	for _, a := range addrs {
-		if a.IsLinkLocalUnicast() {
+		w := wire(a)
+		var known bpf.DatapathPeer
+		if err := peers.Lookup(&w, &known); a.IsLinkLocalUnicast() || err == nil && known.Owner == pod.Owner() {
 			continue
 		}
-		joined, err := s.join(class, a)
-		if err != nil {
+		if err := s.setClass(pod, class, a); err != nil {
 			return err
 		}
-		w := wire(a)
-		if err := put(peers, &w, &bpf.DatapathPeer{Class: joined, Owner: pod.Owner(), Tag: tag(w)}); err != nil {
-			return fmt.Errorf("classify %s: %w", a, err)
-		}
+	}
+	return nil
+}
+
+// setClass gives an address the class its pod is published with, joined with
+// that of the block it is in.
+func (s *State) setClass(pod policy.PodKey, class uint32, a netip.Addr) error {
+	peers, err := s.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	joined, err := s.join(class, a)
+	if err != nil {
+		return err
+	}
+	w := wire(a)
+	if err := put(peers, &w, &bpf.DatapathPeer{Class: joined, Owner: pod.Owner(), Tag: tag(w)}); err != nil {
+		return fmt.Errorf("classify %s: %w", a, err)
 	}
 	return nil
 }

@@ -28,7 +28,7 @@ func (s *State) adopt() (*applied, error) {
 		rulesets: newIDs("rulesets", rulesetFirst, rulesets.MaxEntries()-1),
 		classes:  newIDs("classes", 1, peerNode-1),
 		cells:    map[uint32]map[uint32]cellInfo{},
-		peers:    map[policy.PeerKey]struct{}{},
+		peers:    map[policy.PeerKey]peer{},
 		subjects: map[policy.PodKey]bpf.DatapathPod{},
 		nodes:    map[netip.Addr]struct{}{},
 		broken:   map[policy.Digest]error{},

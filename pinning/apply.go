@@ -33,8 +33,8 @@ type applied struct {
 	policies, rules, rulesets, classes *ids
 	// cells by ruleset and class.
 	cells map[uint32]map[uint32]cellInfo
-	// peers that an update named.
-	peers map[policy.PeerKey]struct{}
+	// peers as updates named them.
+	peers map[policy.PeerKey]peer
 	// subjects as published.
 	subjects map[policy.PodKey]bpf.DatapathPod
 	// nodes are the addresses of this node.
@@ -43,6 +43,12 @@ type applied struct {
 	broken map[policy.Digest]error
 	// wanted remembers subjects, so that a mended ruleset opens them.
 	wanted map[policy.PodKey]policy.Subject
+}
+
+// peer is the class and owner of an address or block.
+type peer struct {
+	class uint32
+	owner uint16
 }
 
 type cellInfo struct {
@@ -110,20 +116,27 @@ func (w *writer) write(ctx context.Context, u policy.Update) error {
 	for _, subject := range u.Subjects {
 		w.a.wanted[subject.Pod] = subject
 	}
-	peers, crossed, err := w.cross(u)
+	moves, err := w.moves(u)
 	if err != nil {
 		return err
 	}
-	if err := w.peers(u, peers); err != nil {
+	first, then, err := w.cross(u, moves)
+	if err != nil {
 		return err
+	}
+	if err := w.setPeers(first); err != nil {
+		return err
+	}
+	if !u.Full {
+		if err := w.reclassify(u); err != nil {
+			return err
+		}
 	}
 	if err := w.locked(ctx, func() error { return w.flip(u) }); err != nil {
 		return err
 	}
-	if len(crossed) > 0 {
-		if err := w.peers(u, crossed); err != nil {
-			return err
-		}
+	if err := w.finish(then); err != nil {
+		return err
 	}
 	return w.retire(u)
 }

@@ -31,31 +31,36 @@ func (c crossing) digest() policy.Digest {
 	return d
 }
 
-// cross returns the update's peers with the classes to cross over, and those
-// peers that do so with their final class, to be set after the flip.
-func (w *writer) cross(u policy.Update) (first, then []policy.PeerEntry, err error) {
+// cross returns the moves to make before gates flip, over crossings where
+// needed, and those to complete after.
+func (w *writer) cross(u policy.Update, moves []move) (first, then []move, err error) {
 	going := w.going(u)
-	if len(going) == 0 {
-		return u.Peers, nil, nil
-	}
-	first = make([]policy.PeerEntry, 0, len(u.Peers))
-	for _, p := range u.Peers {
-		from, err := w.currentClass(p)
+	first = make([]move, 0, len(moves))
+	for _, m := range moves {
+		if m.gone {
+			then = append(then, m)
+		}
+		from := m.class
+		if len(going) > 0 {
+			if from, err = w.currentClass(m.key); err != nil {
+				return nil, nil, err
+			}
+		}
+		if from == m.class {
+			if !m.gone {
+				first = append(first, m)
+			}
+			continue
+		}
+		over, err := w.makeCrossing(crossing{from, m.class}, going, u.Rulesets)
 		if err != nil {
 			return nil, nil, err
 		}
-		to, ok := w.a.classID(p.Class)
-		if !ok || from == to {
-			first = append(first, p)
-			continue
+		if !m.gone {
+			then = append(then, m)
 		}
-		c := crossing{from, to}
-		if err := w.makeCrossing(c, going, u.Rulesets); err != nil {
-			return nil, nil, err
-		}
-		then = append(then, p)
-		p.Class = c.digest()
-		first = append(first, p)
+		m.class = over
+		first = append(first, m)
 	}
 	return first, then, nil
 }
@@ -79,7 +84,7 @@ func (w *writer) going(u policy.Update) []uint32 {
 }
 
 // currentClass is what the datapath makes of a peer now.
-func (w *writer) currentClass(p policy.PeerEntry) (uint32, error) {
+func (w *writer) currentClass(p policy.PeerKey) (uint32, error) {
 	if p.Exact {
 		peers, err := w.m(bpf.DatapathMapPeers)
 		if err != nil {
@@ -110,21 +115,21 @@ func (s *State) blockClass(p netip.Prefix) (uint32, error) {
 	return v.Class, nil
 }
 
-func (w *writer) makeCrossing(c crossing, going []uint32, coming []policy.Ruleset) error {
+func (w *writer) makeCrossing(c crossing, going []uint32, coming []policy.Ruleset) (uint32, error) {
 	classes, err := w.m(bpf.DatapathMapClasses)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	id, isNew, err := w.a.classes.assign(c.digest())
 	if err != nil || !isNew {
-		return err
+		return id, err
 	}
 	if err := put(classes, &id, &bpf.DatapathDigest{Bytes: c.digest()}); err != nil {
-		return err
+		return 0, err
 	}
 	for _, ruleset := range going {
 		if err := w.copyCell(ruleset, c.from, id); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	for _, r := range coming {
@@ -133,10 +138,10 @@ func (w *writer) makeCrossing(c crossing, going []uint32, coming []policy.Rulese
 			continue
 		}
 		if err := w.copyCell(ruleset, c.to, id); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	return nil
+	return id, nil
 }
 
 // copyCell gives a class the cell another one has in a ruleset. A cell that is

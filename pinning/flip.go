@@ -16,117 +16,6 @@ import (
 	"github.com/podgate/podgate/bpf/policy"
 )
 
-// peers sets the class of addresses. Whatever class a peer has, old or new,
-// every ruleset has its cells by now.
-func (w *writer) peers(u policy.Update, list []policy.PeerEntry) error {
-	peers, err := w.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
-	blocks, err := w.m(bpf.DatapathMapBlocks)
-	if err != nil {
-		return err
-	}
-	exact := batch[bpf.DatapathAddress, bpf.DatapathPeer]{m: peers}
-	var entries []policy.PeerEntry
-	flush := func() {
-		for i, err := range exact.flush() {
-			w.unclassified(entries[i], err)
-		}
-		entries = entries[:0]
-	}
-	for _, p := range list {
-		w.a.peers[policy.PeerKey{Prefix: p.Prefix, Exact: p.Exact}] = struct{}{}
-		class, ok := w.a.classID(p.Class)
-		if !ok {
-			w.unclassified(p, fmt.Errorf("class %s: %w", p.Class, ErrNotFound))
-			continue
-		}
-		w.done.Peers++
-		if !p.Exact {
-			key := blockKey(p.Prefix)
-			if err := put(blocks, &key, &bpf.DatapathPeer{Class: class}); err != nil {
-				w.unclassified(p, err)
-			}
-			continue
-		}
-		a := wire(p.Prefix.Addr())
-		exact.add(a, bpf.DatapathPeer{Class: w.nodeBit(p.Prefix.Addr(), class), Owner: p.Owner, Tag: tag(a)})
-		entries = append(entries, p)
-		if len(entries) == batchSize {
-			flush()
-		}
-	}
-	flush()
-	if err := w.reclassify(u); err != nil {
-		return err
-	}
-	if len(list) > 0 || len(u.GonePeers) > 0 || u.Full {
-		return w.addressesMoved()
-	}
-	return nil
-}
-
-// unclassified closes the rulesets that deny the class of a peer that could
-// not be given it. Others allow a peer without class no more than they should.
-func (w *writer) unclassified(p policy.PeerEntry, err error) {
-	w.problem(fmt.Errorf("peer %s: %w", p.Prefix, err))
-	class, ok := w.a.classID(p.Class)
-	for ruleset, cells := range w.a.cells {
-		if info, has := cells[class]; ok && has && info.denies {
-			w.breakRuleset(w.a.rulesets.used[ruleset], err)
-		}
-	}
-}
-
-func (w *writer) nodeBit(a netip.Addr, class uint32) uint32 {
-	if _, node := w.a.nodes[a]; node {
-		return class | peerNode
-	}
-	return class
-}
-
-// peerNode is PEER_NODE of bpf/include/types.h.
-const peerNode = uint32(1) << 31
-
-// reclassify gives their class to addresses that no update has named yet:
-// those of endpoints newer than the update, and the node's own.
-func (w *writer) reclassify(u policy.Update) error {
-	changed := map[policy.PodKey]policy.Digest{}
-	for _, subject := range u.Subjects {
-		changed[subject.Pod] = subject.Class
-	}
-	if len(changed) > 0 {
-		for e, err := range w.Endpoints() {
-			if err != nil {
-				w.problem(err)
-				continue
-			}
-			if class, ok := changed[e.Pod]; ok {
-				w.problem(w.reclassifyEndpoint(e, class))
-			}
-		}
-	}
-	for a := range w.a.nodes {
-		w.problem(w.setNode(a))
-	}
-	return nil
-}
-
-func (w *writer) reclassifyEndpoint(e Endpoint, d policy.Digest) error {
-	class, ok := w.a.classID(d)
-	if !ok {
-		return fmt.Errorf("endpoint %s: class %s: %w", e.Key, d, ErrNotFound)
-	}
-	var addrs []netip.Addr
-	for _, a := range e.Addresses {
-		if _, named := w.a.peers[policy.PeerKey{Prefix: netip.PrefixFrom(a, a.BitLen()), Exact: true}]; !named {
-			addrs = append(addrs, a)
-		}
-	}
-	return w.classify(e.Pod, class, addrs)
-}
-
 // flip publishes subjects and turns the gates that follow them. An endpoint
 // whose subject is unknown, or gone, keeps what it has.
 func (w *writer) flip(u policy.Update) error {
@@ -151,7 +40,7 @@ func (w *writer) flip(u policy.Update) error {
 		return err
 	}
 	if len(flipped) == 0 && !u.Full {
-		return nil
+		return w.removePeers(u.GonePeers)
 	}
 	for e, err := range w.Endpoints() {
 		if err != nil {
@@ -161,6 +50,9 @@ func (w *writer) flip(u policy.Update) error {
 		if subject, ok := w.a.subjects[e.Pod]; ok {
 			w.problem(w.turn(e, subject))
 		}
+	}
+	if err := w.removePeers(u.GonePeers); err != nil {
+		return err
 	}
 	return w.addressesMoved()
 }
@@ -214,8 +106,8 @@ func (w *writer) unpublish(pods *ebpf.Map, u policy.Update) error {
 		delete(w.a.subjects, pod)
 		delete(w.a.wanted, pod)
 	}
-	if err := w.removePeers(u); err != nil || !u.Full {
-		return err
+	if !u.Full {
+		return nil
 	}
 	return sweepKeys(pods, func(k bpf.DatapathPodKey) bool {
 		_, ok := w.a.subjects[policy.PodKey(text(k.Id[:]))]
@@ -224,56 +116,38 @@ func (w *writer) unpublish(pods *ebpf.Map, u policy.Update) error {
 }
 
 // removePeers takes addresses and blocks away that have no class of their own
-// any more. A full update removes what it does not name, less what ADD wrote
-// for endpoints that the update does not know.
-func (w *writer) removePeers(u policy.Update) error {
+// any more.
+func (w *writer) removePeers(gone []policy.PeerKey) error {
+	for _, p := range gone {
+		delete(w.a.peers, p)
+		if err := w.removePeer(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (w *writer) removePeer(p policy.PeerKey) error {
+	if !p.Exact {
+		blocks, err := w.m(bpf.DatapathMapBlocks)
+		if err != nil {
+			return err
+		}
+		key := blockKey(p.Prefix)
+		return remove(blocks, &key)
+	}
 	peers, err := w.m(bpf.DatapathMapPeers)
 	if err != nil {
 		return err
 	}
-	blocks, err := w.m(bpf.DatapathMapBlocks)
-	if err != nil {
+	a := wire(p.Prefix.Addr())
+	if err := remove(peers, &a); err != nil {
 		return err
 	}
-	for _, p := range u.GonePeers {
-		delete(w.a.peers, p)
-		if !p.Exact {
-			key := blockKey(p.Prefix)
-			if err := remove(blocks, &key); err != nil {
-				return err
-			}
-			continue
-		}
-		a := wire(p.Prefix.Addr())
-		if err := remove(peers, &a); err != nil {
-			return err
-		}
-		if _, node := w.a.nodes[p.Prefix.Addr()]; node {
-			w.problem(w.setNode(p.Prefix.Addr()))
-		}
+	if _, node := w.a.nodes[p.Prefix.Addr()]; node {
+		return w.setNode(p.Prefix.Addr())
 	}
-	if !u.Full {
-		return nil
-	}
-	claims, err := w.m(bpf.DatapathMapClaims)
-	if err != nil {
-		return err
-	}
-	claimed, err := dump[bpf.DatapathAddress, bpf.DatapathClaim](claims)
-	if err != nil {
-		return err
-	}
-	err = sweepKeys(peers, func(k bpf.DatapathAddress) bool {
-		a := unwire(k)
-		_, named := w.a.peers[policy.PeerKey{Prefix: netip.PrefixFrom(a, a.BitLen()), Exact: true}]
-		_, node := w.a.nodes[a]
-		_, held := claimed[k]
-		return named || node || held
-	})
-	return errors.Join(err, sweepKeys(blocks, func(k bpf.DatapathBlockKey) bool {
-		_, named := w.a.peers[policy.PeerKey{Prefix: blockPrefix(k)}]
-		return named
-	}))
+	return nil
 }
 
 // turn makes an endpoint's gate enforce what its subject says.

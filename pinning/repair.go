@@ -68,6 +68,9 @@ func (s *State) repair(e Endpoint) (what string, gone bool, err error) {
 	} else if err != nil {
 		return "", false, fmt.Errorf("interface %d: %w", e.HostIfindex, err)
 	}
+	if err := s.restorePeers(e); err != nil {
+		return "", false, err
+	}
 	lost := s.attached(e)
 	if lost == nil {
 		return "", false, nil

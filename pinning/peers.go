@@ -1,0 +1,286 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package pinning
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/bpf/policy"
+)
+
+// peerNode is PEER_NODE of bpf/include/types.h.
+const peerNode = uint32(1) << 31
+
+// move gives an address or block a class.
+type move struct {
+	key   policy.PeerKey
+	class uint32
+	owner uint16
+	// gone entries are removed in the end; class is what they fall to.
+	gone bool
+}
+
+// moves lists what an update does to peers.
+func (w *writer) moves(u policy.Update) ([]move, error) {
+	out := make([]move, 0, len(u.Peers))
+	for _, p := range u.Peers {
+		key := policy.PeerKey{Prefix: p.Prefix, Exact: p.Exact}
+		class, ok := w.a.classID(p.Class)
+		if !ok {
+			w.unclassified(key, p.Class, fmt.Errorf("class %s: %w", p.Class, ErrNotFound))
+			continue
+		}
+		w.a.peers[key] = peer{class, p.Owner}
+		out = append(out, move{key: key, class: class, owner: p.Owner})
+	}
+	w.done.Peers += len(out)
+	if !u.Full {
+		return out, nil
+	}
+	unnamed, err := w.unnamed(u)
+	return append(out, unnamed...), err
+}
+
+// unnamed are pinned entries that a full update does not name. They go, but
+// for the addresses of this node and of endpoints, which get the class they
+// have without an entry.
+func (w *writer) unnamed(u policy.Update) ([]move, error) {
+	blocks, err := w.m(bpf.DatapathMapBlocks)
+	if err != nil {
+		return nil, err
+	}
+	peers, err := w.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return nil, err
+	}
+	prefixes, err := keysOf[bpf.DatapathBlockKey](blocks)
+	if err != nil {
+		return nil, err
+	}
+	addresses, err := dump[bpf.DatapathAddress, bpf.DatapathPeer](peers)
+	if err != nil {
+		return nil, err
+	}
+	held := w.held()
+	var out []move
+	for _, k := range prefixes {
+		key := policy.PeerKey{Prefix: blockPrefix(k)}
+		if _, named := w.a.peers[key]; !named {
+			out = append(out, move{key: key, class: w.a.covering(key.Prefix), gone: true})
+		}
+	}
+	for k := range addresses {
+		a := unwire(k)
+		key := exactKey(a)
+		if _, named := w.a.peers[key]; named {
+			continue
+		}
+		m := move{key: key, class: w.a.covering(key.Prefix), gone: true}
+		if holder, ok := held[a]; ok {
+			m.gone, m.owner = false, holder.Pod.Owner()
+			if subject, known := w.a.wanted[holder.Pod]; known {
+				m.class = w.a.joined(subject.Class, m.class, u.Joins)
+			}
+		} else if _, node := w.a.nodes[a]; node {
+			m.gone = false
+		}
+		out = append(out, m)
+	}
+	return out, nil
+}
+
+// held are the addresses of endpoints.
+func (w *writer) held() map[netip.Addr]Endpoint {
+	out := map[netip.Addr]Endpoint{}
+	for e, err := range w.Endpoints() {
+		if err != nil {
+			w.problem(err)
+			continue
+		}
+		for _, a := range e.Addresses {
+			if !a.IsLinkLocalUnicast() {
+				out[a] = e
+			}
+		}
+	}
+	return out
+}
+
+func exactKey(a netip.Addr) policy.PeerKey {
+	return policy.PeerKey{Prefix: netip.PrefixFrom(a, a.BitLen()), Exact: true}
+}
+
+// covering is the class of the longest named block around a prefix.
+func (a *applied) covering(p netip.Prefix) uint32 {
+	for bits := p.Bits(); bits >= 0; bits-- {
+		around, err := p.Addr().Prefix(bits)
+		if err != nil {
+			return 0
+		}
+		if class, named := a.peers[policy.PeerKey{Prefix: around}]; named {
+			return class.class
+		}
+	}
+	return 0
+}
+
+// joined is the class of a pod inside a block, as [State.join] finds it.
+func (a *applied) joined(pod policy.Digest, block uint32, joins []policy.Join) uint32 {
+	class, ok := a.classID(pod)
+	if !ok || class == 0 || block == 0 {
+		return max(class, block)
+	}
+	for _, j := range joins {
+		if id, ok := a.classID(j.Block); ok && id == block && j.Pod == pod {
+			if class, ok := a.classID(j.Class); ok {
+				return class
+			}
+		}
+	}
+	return block
+}
+
+// setPeers makes moves. Whatever class a peer has, old or new, every ruleset
+// has its cells by now.
+func (w *writer) setPeers(list []move) error {
+	peers, err := w.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	blocks, err := w.m(bpf.DatapathMapBlocks)
+	if err != nil {
+		return err
+	}
+	exact := batch[bpf.DatapathAddress, bpf.DatapathPeer]{m: peers}
+	var moved []move
+	flush := func() {
+		for i, err := range exact.flush() {
+			w.unclassified(moved[i].key, w.a.classes.used[moved[i].class], err)
+		}
+		moved = moved[:0]
+	}
+	for _, m := range list {
+		if !m.key.Exact {
+			key := blockKey(m.key.Prefix)
+			if err := put(blocks, &key, &bpf.DatapathPeer{Class: m.class}); err != nil {
+				w.unclassified(m.key, w.a.classes.used[m.class], err)
+			}
+			continue
+		}
+		a := wire(m.key.Prefix.Addr())
+		exact.add(a, bpf.DatapathPeer{Class: w.a.nodeBit(m.key.Prefix.Addr(), m.class), Owner: m.owner, Tag: tag(a)})
+		if moved = append(moved, m); len(moved) == batchSize {
+			flush()
+		}
+	}
+	flush()
+	return w.addressesMoved()
+}
+
+// finish sets the classes that peers crossed to and removes what is gone.
+func (w *writer) finish(list []move) error {
+	var stay []move
+	for _, m := range list {
+		if !m.gone {
+			stay = append(stay, m)
+			continue
+		}
+		if err := w.removePeer(m.key); err != nil {
+			return err
+		}
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	return w.setPeers(stay)
+}
+
+// unclassified closes the rulesets that deny the class of a peer that could
+// not be given it. Others allow a peer without class no more than they should.
+func (w *writer) unclassified(p policy.PeerKey, d policy.Digest, err error) {
+	w.problem(fmt.Errorf("peer %s: %w", p.Prefix, err))
+	class, ok := w.a.classID(d)
+	for ruleset, cells := range w.a.cells {
+		if info, has := cells[class]; ok && has && info.denies {
+			w.breakRuleset(w.a.rulesets.used[ruleset], err)
+		}
+	}
+}
+
+func (a *applied) nodeBit(addr netip.Addr, class uint32) uint32 {
+	if _, node := a.nodes[addr]; node {
+		return class | peerNode
+	}
+	return class
+}
+
+// reclassify gives their class to addresses that no update has named yet:
+// those of endpoints newer than the update, and the node's own.
+func (w *writer) reclassify(u policy.Update) error {
+	changed := map[policy.PodKey]policy.Digest{}
+	for _, subject := range u.Subjects {
+		changed[subject.Pod] = subject.Class
+	}
+	if len(changed) > 0 {
+		for e, err := range w.Endpoints() {
+			if err != nil {
+				w.problem(err)
+				continue
+			}
+			if class, ok := changed[e.Pod]; ok {
+				w.problem(w.reclassifyEndpoint(e, class))
+			}
+		}
+	}
+	for a := range w.a.nodes {
+		w.problem(w.setNode(a))
+	}
+	return nil
+}
+
+func (w *writer) reclassifyEndpoint(e Endpoint, d policy.Digest) error {
+	class, ok := w.a.classID(d)
+	if !ok {
+		return fmt.Errorf("endpoint %s: class %s: %w", e.Key, d, ErrNotFound)
+	}
+	for _, a := range e.Addresses {
+		if _, named := w.a.peers[exactKey(a)]; named || a.IsLinkLocalUnicast() {
+			continue
+		}
+		if err := w.setClass(e.Pod, class, a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// restorePeers puts back the entries of an endpoint's addresses that an update
+// named and ADD could only guess.
+func (s *State) restorePeers(e Endpoint) error {
+	if s.applied == nil {
+		return nil
+	}
+	peers, err := s.m(bpf.DatapathMapPeers)
+	if err != nil {
+		return err
+	}
+	for _, a := range e.Addresses {
+		want, named := s.applied.peers[exactKey(a)]
+		if !named {
+			continue
+		}
+		w := wire(a)
+		v := bpf.DatapathPeer{Class: s.applied.nodeBit(a, want.class), Owner: want.owner, Tag: tag(w)}
+		var have bpf.DatapathPeer
+		if err := peers.Lookup(&w, &have); err == nil && have == v {
+			continue
+		}
+		if err := put(peers, &w, &v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
