@@ -23,7 +23,10 @@ import (
 const (
 	// policies of the cluster, and as many peers and blocks of each family.
 	policies = 1000
-	rounds   = 300
+	// local pods, whose policies are in use on the node: the tables hold what
+	// these can tell apart.
+	local  = 250
+	rounds = 300
 	// hot is how often a packet of a known flow is repeated for one sample.
 	hot = 10000
 	// A packet that makes an event is repeated less, so that the events of a
@@ -66,7 +69,7 @@ func BenchmarkPacket(b *testing.B) {
 
 func newPackets(b *testing.B) *packets {
 	b.Helper()
-	p := &packets{b: b, node: newNode(b, policies, 1)}
+	p := &packets{b: b, node: newNode(b, policies, local)}
 	p.gated, p.not = p.node.newEndpoint(b, 0), p.node.newEndpoint(b, 1)
 	p.node.gate(b, p.gated, localPod(0))
 	p.node.gate(b, p.not, "")
@@ -241,7 +244,7 @@ func (p *packets) series() ([]*series, error) {
 			}
 		}
 	}
-	const other = policies / 2
+	const other = local / 2
 	add("established", []peers{{"v4", remote4(1)}, {"v6", remote6(1)}}, target{floor: hit, times: 1.6},
 		func(d policy.Direction, peer netip.Addr) *series {
 			return &series{sample: p.packet(d, p.gated, peer, passed).known()}
