@@ -127,10 +127,8 @@ func (w *writer) write(ctx context.Context, u policy.Update) error {
 	if err := w.setPeers(first); err != nil {
 		return err
 	}
-	if !u.Full {
-		if err := w.reclassify(u); err != nil {
-			return err
-		}
+	if !u.Full && len(u.Peers)+len(u.GonePeers)+len(u.Joins)+len(u.Subjects) > 0 {
+		w.reclassify()
 	}
 	if err := w.locked(ctx, func() error { return w.flip(u) }); err != nil {
 		return err

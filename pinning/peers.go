@@ -217,28 +217,22 @@ func (a *applied) nodeBit(addr netip.Addr, class uint32) uint32 {
 	return class
 }
 
-// reclassify gives their class to addresses that no update has named yet:
-// those of endpoints newer than the update, and the node's own.
-func (w *writer) reclassify(u policy.Update) error {
-	changed := map[policy.PodKey]policy.Digest{}
-	for _, subject := range u.Subjects {
-		changed[subject.Pod] = subject.Class
-	}
-	if len(changed) > 0 {
-		for e, err := range w.Endpoints() {
-			if err != nil {
-				w.problem(err)
-				continue
-			}
-			if class, ok := changed[e.Pod]; ok {
-				w.problem(w.reclassifyEndpoint(e, class))
-			}
+// reclassify gives their class to addresses that updates do not name: those of
+// endpoints, which have an entry even where their block's class is theirs, and
+// the node's own.
+func (w *writer) reclassify() {
+	for e, err := range w.Endpoints() {
+		if err != nil {
+			w.problem(err)
+			continue
+		}
+		if subject, ok := w.a.wanted[e.Pod]; ok {
+			w.problem(w.reclassifyEndpoint(e, subject.Class))
 		}
 	}
 	for a := range w.a.nodes {
 		w.problem(w.setNode(a))
 	}
-	return nil
 }
 
 func (w *writer) reclassifyEndpoint(e Endpoint, d policy.Digest) error {
