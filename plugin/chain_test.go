@@ -6,7 +6,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"slices"
@@ -18,7 +17,6 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 
-	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -72,24 +70,36 @@ func TestChainOrder(t *testing.T) {
 				}
 				return chain("1.1.0", plugins...)
 			}
-			closed, _ := l.add(list("closed"), netlab.PodSpec{Name: "closed", Capabilities: capabilities})
-			open, result := l.add(list("open"), netlab.PodSpec{Name: "open"})
+			closed, closedResult := l.add(list("closed"), netlab.PodSpec{Name: "closed"})
+			open, openResult := l.add(list("open"), netlab.PodSpec{Name: "open", Capabilities: capabilities})
+			elsewhere := chain("1.1.0", l.Bridge("br1", "10.96.0.0/24", "fd96::/64"))
+			elsewhere.Name = "elsewhere"
+			outside, _ := l.add(elsewhere, netlab.PodSpec{Name: "outside"})
 			l.wantEndpoints(key(closed), key(open))
 			for _, p := range []*netlab.Pod{closed, open} {
 				if err := l.Check(t.Context(), list(p.Name), p); err != nil {
 					t.Errorf("CHECK of %s: %v", p.Name, err)
 				}
 			}
-			for _, ip := range result.IPs {
-				server := listen(t, open, ip.Address.IP.String())
-				if err := reach(l, server); err != nil {
-					t.Errorf("node to open pod: %v", err)
+			for _, ip := range openResult.IPs {
+				server := listen(t, open, ip.Address.IP, 0)
+				if err := reach(outside, server); err != nil {
+					t.Errorf("open pod: %v", err)
 				}
 				if !blocked(closed, server) {
 					t.Error("closed pod reaches open pod")
 				}
 			}
-			l.neighboursWork(order, closed)
+			for _, ip := range closedResult.IPs {
+				server := listen(t, closed, ip.Address.IP, 80)
+				if err := reach(l, server); err != nil {
+					t.Errorf("node to closed pod: %v", err)
+				}
+				if !blocked(outside, server) {
+					t.Error("closed pod is reached")
+				}
+			}
+			l.neighboursWork(order, open, outside)
 			valid := []types.GCAttachment{{ContainerID: closed.ID, IfName: "eth0"}, {ContainerID: open.ID, IfName: "eth0"}}
 			if err := l.GC(t.Context(), list("closed"), &libcni.GCArgs{ValidAttachments: valid}); err != nil {
 				t.Errorf("GC: %v", err)
@@ -99,24 +109,27 @@ func TestChainOrder(t *testing.T) {
 	}
 }
 
-// neighboursWork looks for what each neighbour should have left behind.
-func (l *lab) neighboursWork(order []string, p *netlab.Pod) {
+// neighboursWork checks that each neighbour has done its part for the pod p.
+func (l *lab) neighboursWork(order []string, p, outside *netlab.Pod) {
 	l.t.Helper()
-	peer := l.hostVeth(p)
 	for _, n := range order {
 		var out []byte
 		var err error
 		var want string
 		switch n {
-		case "bandwidth":
-			out, err = l.Exec(l.t.Context(), "tc", "qdisc", "show", "dev", peer)
-			want = "ingress"
 		case "portmap":
-			out, err = l.Exec(l.t.Context(), "iptables", "-t", "nat", "-S")
-			want = "--dport 8080"
+			listen(l.t, p, net.IPv4zero, 80)
+			gateway := &net.TCPAddr{IP: net.IPv4(10, 96, 0, 1), Port: 8080}
+			if err := reach(outside, gateway); err != nil {
+				l.t.Errorf("mapped port: %v", err)
+			}
+			continue
+		case "bandwidth":
+			out, err = l.Exec(l.t.Context(), "tc", "qdisc", "show", "dev", l.hostVeth(p))
+			want = "qdisc ingress"
 		case "firewall":
 			out, err = l.Exec(l.t.Context(), "iptables", "-S", "CNI-FORWARD")
-			want = "ACCEPT"
+			want = "-j ACCEPT"
 		case "tuning":
 			out, err = p.Exec(l.t.Context(), "cat", "/proc/sys/net/ipv4/conf/eth0/arp_filter")
 			want = "1"
@@ -163,7 +176,7 @@ func TestAddressReuse(t *testing.T) {
 			}
 			list := chain("1.1.0", bridge, l.Podgate().With(netlab.Plugin{"mode": "open"}))
 			server, r := l.add(list, netlab.PodSpec{Namespace: "default", Name: "server", UID: "server"})
-			to := listen(t, server, r.IPs[0].Address.IP.String())
+			to := listen(t, server, r.IPs[0].Address.IP, 0)
 			friend, r1, err := l.AddPod(t.Context(), list, netlab.PodSpec{Namespace: "default", Name: "friend", UID: "friend"})
 			if err != nil {
 				t.Fatal(err)
@@ -187,37 +200,6 @@ func TestAddressReuse(t *testing.T) {
 				t.Error("second pod at the address is taken for the first")
 			}
 		})
-	}
-}
-
-// onlyFriends publishes a policy as the daemon would: the server takes
-// connections from the friend and from nobody else.
-func (l *lab) onlyFriends() {
-	l.t.Helper()
-	compiler := policy.NewCompiler()
-	compiler.SetNamespace(policy.Namespace{Name: "default"})
-	labelled := func(v string) policy.Selector {
-		return policy.Selector{{Key: "app", Operator: policy.In, Values: []string{v}}}
-	}
-	var errs []error
-	for _, e := range l.endpoints() {
-		errs = append(errs, compiler.SetPod(policy.Pod{
-			Key: policy.PodKey(e.PodUID), UID: e.PodUID, Namespace: e.PodNamespace, Name: e.PodName,
-			Labels: map[string]string{"app": e.PodName}, Addresses: e.Addresses, Local: true,
-		}))
-	}
-	errs = append(errs, compiler.SetPolicy(policy.Policy{
-		UID: "p", Kind: "NetworkPolicy", Namespace: "default", Name: "only-friends", Tier: policy.TierNamespace,
-		Subject:  policy.PodSelector{Namespace: "default", Pods: labelled("server")},
-		Isolates: [2]bool{policy.Ingress: true},
-		Rules: [2][]policy.Rule{policy.Ingress: {{
-			Action: policy.Allow, AnyPort: true,
-			Peers: []policy.Peer{{Pods: &policy.PodSelector{Namespace: "default", Pods: labelled("friend")}}},
-		}}},
-	}))
-	_, err := l.state().Apply(l.t.Context(), compiler.Compile())
-	if err := errors.Join(append(errs, err)...); err != nil {
-		l.t.Fatal(err)
 	}
 }
 

@@ -6,6 +6,7 @@ package main
 import (
 	"context"
 	"errors"
+	"io/fs"
 
 	"github.com/containernetworking/cni/pkg/types"
 
@@ -79,6 +80,9 @@ func code(err error) uint {
 		if errors.Is(err, c.err) {
 			return c.code
 		}
+	}
+	if errors.As(err, new(*fs.PathError)) {
+		return types.ErrIOFailure
 	}
 	return types.ErrInternal
 }

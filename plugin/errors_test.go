@@ -116,6 +116,7 @@ func TestCodeOfErrors(t *testing.T) {
 		{fmt.Errorf("add: %w", pinning.ErrLocked), types.ErrTryAgainLater},
 		{fmt.Errorf("%w: %w", errNotReady, pinning.ErrFull), types.ErrPluginNotAvailable},
 		{fmt.Errorf("%w: %w", errCheck, pinning.ErrNotFound), codeCheck},
+		{fmt.Errorf("pin: %w", &os.PathError{Op: "open", Path: "/x", Err: os.ErrPermission}), types.ErrIOFailure},
 		{fmt.Errorf("x: %w", conf.ErrDecode), types.ErrDecodingFailure},
 		{fmt.Errorf("delegate: %w", &types.Error{Code: 77, Msg: "m"}), 77},
 	} {

@@ -226,11 +226,11 @@ func env(p *netlab.Pod) map[string]string {
 }
 
 // listen accepts TCP connections in a pod and keeps them until the test ends.
-func listen(t *testing.T, p *netlab.Pod, address string) net.Addr {
+func listen(t *testing.T, p *netlab.Pod, ip net.IP, port int) net.Addr {
 	t.Helper()
 	var l net.Listener
 	err := p.Do(func() (err error) {
-		l, err = net.Listen("tcp", net.JoinHostPort(address, "0"))
+		l, err = net.ListenTCP("tcp", &net.TCPAddr{IP: ip, Port: port})
 		return err
 	})
 	if err != nil {

@@ -7,7 +7,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -342,6 +345,9 @@ func TestCheckFindsWhatIsGone(t *testing.T) {
 				l.t.Fatal(err)
 			}
 		}, codeCheck, "eth0"},
+		"hooks": {func(l *lab, p *netlab.Pod) {
+			l.exec("tc", "qdisc", "del", "dev", l.hostVeth(p), "clsact")
+		}, codeCheck, "eth0"},
 		"interface": {func(l *lab, p *netlab.Pod) {
 			if _, err := p.Exec(l.t.Context(), "ip", "link", "del", "eth0"); err != nil {
 				l.t.Fatal(err)
@@ -386,5 +392,58 @@ func TestStatus(t *testing.T) {
 	o := l.call("STATUS", nil, config.With(netlab.Plugin{"bpffs": "/nowhere/bpf"}))
 	if o.code == 0 || o.err.Code != types.ErrPluginNotAvailable || !strings.Contains(o.err.Msg, "/nowhere/bpf") {
 		t.Errorf("no bpffs: exit %d, error %+v", o.code, o.err)
+	}
+}
+
+// Logs go where the configuration says and never to stdout, which is the
+// runtime's.
+func TestLogging(t *testing.T) {
+	l := newLab(t)
+	p, r := l.add(chain("1.1.0", l.Bridge("br0", "10.97.0.0/24")), netlab.PodSpec{})
+	config := l.Podgate().With(netlab.Plugin{"cniVersion": "1.1.0", "name": "lab", "prevResult": r, "logLevel": "info"})
+	for name, test := range map[string]struct {
+		file   string
+		logged bool
+	}{
+		"to a file":                 {filepath.Join(l.Dir, "log"), true},
+		"to a file that cannot be":  {filepath.Join(l.Dir, "no", "such", "directory"), false},
+		"to stderr, without a file": {"", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := &lab{Node: l.Node, t: t}
+			c := config
+			if test.file != "" {
+				c = c.With(netlab.Plugin{"logFile": test.file})
+			}
+			o := l.call("ADD", env(p), c)
+			if o.code != 0 || !json.Valid(o.stdout) {
+				t.Errorf("exit %d, stdout %s", o.code, o.stdout)
+			}
+			b, err := os.ReadFile(test.file)
+			if logged := err == nil && strings.Contains(string(b), p.ID); logged != test.logged {
+				t.Errorf("log file: %v, %q", err, b)
+			}
+		})
+	}
+}
+
+func TestParseArgs(t *testing.T) {
+	for args, want := range map[string]podArgs{
+		"": {},
+		"IgnoreUnknown=1;K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web.0;K8S_POD_INFRA_CONTAINER_ID=c;K8S_POD_UID=u": {"ns", "web.0", "u"},
+		"K8S_POD_NAME=web;":        {name: "web"},
+		"MAC=02:00:00:00:00:01;X=": {},
+		"K8S_POD_NAME=a=b":         {name: "a=b"},
+		"k8s_pod_name=a":           {},
+	} {
+		got, err := parseArgs(args)
+		if err != nil || got != want {
+			t.Errorf("%q: got %+v, %v; want %+v", args, got, err, want)
+		}
+	}
+	for _, args := range []string{"x", "K8S_POD_NAME", "a=b;c"} {
+		if _, err := parseArgs(args); !errors.Is(err, errArgs) {
+			t.Errorf("%q: %v, want errArgs", args, err)
+		}
 	}
 }
