@@ -169,8 +169,6 @@ func Parse(b []byte) (*NetConf, error) {
 
 // IPAM is the ipam object of a main plugin whose IPAM is podgate-ipam.
 type IPAM struct {
-	// CNIVersion is that of the list.
-	CNIVersion string
 	// Delegate (key "delegate") is the ipam object of the IPAM plugin that
 	// does the work, with all its keys; DelegateType is its type.
 	Delegate     json.RawMessage
@@ -187,8 +185,7 @@ func ParseIPAM(b []byte) (*IPAM, error) {
 	d := Defaults()
 	c := &IPAM{Instance: d.Instance, Log: d.Log}
 	var outer struct {
-		CNIVersion string          `json:"cniVersion"`
-		IPAM       json.RawMessage `json:"ipam"`
+		IPAM json.RawMessage `json:"ipam"`
 	}
 	if err := json.Unmarshal(b, &outer); err != nil {
 		return nil, fmt.Errorf("podgate-ipam: %w: %w", ErrDecode, err)
@@ -196,7 +193,6 @@ func ParseIPAM(b []byte) (*IPAM, error) {
 	if outer.IPAM == nil {
 		return nil, fmt.Errorf("podgate-ipam: %w: ipam: missing", ErrInvalid)
 	}
-	c.CNIVersion = outer.CNIVersion
 	keys := object{"type": nil, "delegate": (*delegate)(c)}
 	keys.add(c.Instance.keys())
 	keys.add(c.Log.keys())

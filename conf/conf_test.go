@@ -163,7 +163,6 @@ func TestParseIPAM(t *testing.T) {
 	}
 	d := Defaults()
 	want := &IPAM{
-		CNIVersion:   "1.1.0",
 		Delegate:     []byte(`{"type": "host-local", "subnet": "10.0.0.0/24"}`),
 		DelegateType: "host-local",
 		Instance:     Instance{BPFFS: d.BPFFS, Instance: "two"},

@@ -18,7 +18,7 @@ import (
 // del forgets the attachment. It needs neither the pod's network namespace nor
 // its interface nor a prevResult, and what was never added is deleted.
 func (c *call) del(ctx context.Context, args *skel.CmdArgs) error {
-	n, err := c.parse(args)
+	n, err := conf.Parse(args.StdinData)
 	if err != nil {
 		return err
 	}

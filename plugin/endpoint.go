@@ -31,7 +31,7 @@ type attachment struct {
 func (c *call) attachment(args *skel.CmdArgs) (*attachment, error) {
 	a := &attachment{args: args}
 	var err error
-	if a.conf, err = c.parse(args); err != nil {
+	if a.conf, err = conf.Parse(args.StdinData); err != nil {
 		return nil, err
 	}
 	if a.pod, err = parseArgs(args.Args); err != nil {
@@ -45,16 +45,6 @@ func (c *call) attachment(args *skel.CmdArgs) (*attachment, error) {
 		return nil, fmt.Errorf("prevResult: %w", err)
 	}
 	return a, nil
-}
-
-// parse reads podgate-cni's configuration.
-func (c *call) parse(args *skel.CmdArgs) (*conf.NetConf, error) {
-	n, err := conf.Parse(args.StdinData)
-	if err != nil {
-		return nil, err
-	}
-	c.cniVersion = n.CNIVersion
-	return n, nil
 }
 
 // endpoints finds the veth of every interface of the pod. The first endpoint is

@@ -134,14 +134,12 @@ func TestErrorsAreInTheVersionOfTheCall(t *testing.T) {
 	l := newLab(t)
 	p := l.pod(netlab.PodSpec{})
 	for _, version := range versions {
-		b, err := l.Podgate().With(netlab.Plugin{"cniVersion": version, "name": "lab"}).JSON()
-		if err != nil {
-			t.Fatal(err)
-		}
-		o := l.callRaw("podgate-cni", "ADD", env(p), b)
-		var e struct{ CNIVersion string }
-		if err := json.Unmarshal(o.stdout, &e); err != nil || e.CNIVersion != version {
-			t.Errorf("error of a %s call: %s", version, o.stdout)
+		for _, mode := range []string{"closed", "ajar"} {
+			o := l.call("ADD", env(p), l.Podgate().With(netlab.Plugin{"cniVersion": version, "name": "lab", "mode": mode}))
+			var e struct{ CNIVersion string }
+			if err := json.Unmarshal(o.stdout, &e); err != nil || e.CNIVersion != version {
+				t.Errorf("error of a %s call: %s", version, o.stdout)
+			}
 		}
 	}
 }

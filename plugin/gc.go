@@ -10,12 +10,13 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/podgate/podgate/conf"
 	"github.com/podgate/podgate/pinning"
 )
 
 // gc forgets the attachments to this network that the runtime does not know.
 func (c *call) gc(ctx context.Context, args *skel.CmdArgs) error {
-	n, err := c.parse(args)
+	n, err := conf.Parse(args.StdinData)
 	if err != nil {
 		return err
 	}

@@ -30,8 +30,7 @@ func (c *call) withIPAM(ctx context.Context, args *skel.CmdArgs, fn func(*ipamCa
 	if err != nil {
 		return err
 	}
-	c.cniVersion = n.CNIVersion
-	delegate, err := ipamhooks.NewDelegate(n.DelegateType, n.CNIVersion, args.StdinData, n.Delegate, ipamhooks.Process(args.Path, c.stderr))
+	delegate, err := ipamhooks.NewDelegate(n.DelegateType, c.cniVersion, args.StdinData, n.Delegate, ipamhooks.Process(args.Path, c.stderr))
 	if err != nil {
 		return err
 	}

@@ -53,14 +53,14 @@ type call struct {
 
 func (c *call) gate(ctx context.Context) skel.CNIFuncs {
 	verb := func(fn func(context.Context, *skel.CmdArgs) error) func(*skel.CmdArgs) error {
-		return func(args *skel.CmdArgs) error { return coded(fn(ctx, args)) }
+		return c.verb(func(args *skel.CmdArgs) error { return fn(ctx, args) })
 	}
 	return skel.CNIFuncs{Add: verb(c.add), Del: verb(c.del), Check: verb(c.check), GC: verb(c.gc), Status: verb(c.status)}
 }
 
 func (c *call) ipam(ctx context.Context) skel.CNIFuncs {
 	verb := func(fn func(*ipamCall, context.Context) error) func(*skel.CmdArgs) error {
-		return func(args *skel.CmdArgs) error { return coded(c.withIPAM(ctx, args, fn)) }
+		return c.verb(func(args *skel.CmdArgs) error { return c.withIPAM(ctx, args, fn) })
 	}
 	return skel.CNIFuncs{
 		Add:    verb((*ipamCall).add),
@@ -68,6 +68,17 @@ func (c *call) ipam(ctx context.Context) skel.CNIFuncs {
 		Check:  verb((*ipamCall).check),
 		GC:     verb((*ipamCall).gc),
 		Status: verb((*ipamCall).status),
+	}
+}
+
+// verb notes the version of the call, for its result or error, and gives every
+// error its CNI code.
+func (c *call) verb(fn func(*skel.CmdArgs) error) func(*skel.CmdArgs) error {
+	return func(args *skel.CmdArgs) (err error) {
+		if c.cniVersion, err = (&cniversion.ConfigDecoder{}).Decode(args.StdinData); err != nil {
+			return err
+		}
+		return coded(fn(args))
 	}
 }
 

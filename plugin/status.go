@@ -11,12 +11,13 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 
+	"github.com/podgate/podgate/conf"
 	"github.com/podgate/podgate/pinning"
 )
 
 // status says whether ADD would work, and does nothing.
 func (c *call) status(ctx context.Context, args *skel.CmdArgs) error {
-	n, err := c.parse(args)
+	n, err := conf.Parse(args.StdinData)
 	if err != nil {
 		return err
 	}
