@@ -259,8 +259,11 @@ func (d *Daemon) refresh(ctx context.Context) {
 		update = d.compiler.Snapshot()
 	}
 	d.bind(ctx)
-	if !isEmpty(&update) {
+	switch {
+	case !isEmpty(&update):
 		d.apply(ctx, update)
+	case !d.stale:
+		d.synced = time.Now()
 	}
 }
 

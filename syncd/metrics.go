@@ -44,7 +44,7 @@ func NewMetrics() *Metrics {
 		}),
 		synced: prometheus.NewGauge(prometheus.GaugeOpts{
 			Namespace: namespace, Subsystem: subsystem, Name: "last_success_timestamp_seconds",
-			Help: "When the kernel last took everything the daemon knew.",
+			Help: "When the kernel last had everything the daemon knew; follows the time while all is well.",
 		}),
 		problems: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Namespace: namespace, Subsystem: subsystem, Name: "problems",

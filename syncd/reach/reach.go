@@ -25,9 +25,13 @@ import (
 	"github.com/podgate/podgate/syncd/source"
 )
 
-// ErrUnknown is returned for a party that is neither a known pod nor an
-// address.
-var ErrUnknown = errors.New("no such pod")
+// Errors that callers branch on.
+var (
+	// ErrUnknown: a party is neither a known pod nor an address.
+	ErrUnknown = errors.New("no such pod")
+	// ErrFamilies: one party has IPv4 addresses only, the other IPv6.
+	ErrFamilies = errors.New("they share no address family")
+)
 
 // Evaluator answers questions about one state of policy. It is not safe for
 // concurrent use.
@@ -136,8 +140,8 @@ func (a *Answer) Disagree() bool {
 	return false
 }
 
-// Ask answers whether one party may open a connection to another. It fails when
-// they share no address family, and when neither is a pod.
+// Ask answers whether one party may open a connection to another. It fails with
+// [ErrFamilies] when that is impossible anyway, and when neither is a pod.
 func (e *Evaluator) Ask(ctx context.Context, from, to Party, port Port) (Answer, error) {
 	if from.Pod == nil && to.Pod == nil {
 		return Answer{}, fmt.Errorf("neither %s nor %s is a pod that policy applies to", from.Name, to.Name)
@@ -156,8 +160,8 @@ func (e *Evaluator) Ask(ctx context.Context, from, to Party, port Port) (Answer,
 		a.Paths = append(a.Paths, path)
 	}
 	if len(a.Paths) == 0 {
-		return Answer{}, fmt.Errorf("%s has %s, %s has %s: they share no address family",
-			from.Name, from.addresses(), to.Name, to.addresses())
+		return Answer{}, fmt.Errorf("%s has %s, %s has %s: %w",
+			from.Name, from.addresses(), to.Name, to.addresses(), ErrFamilies)
 	}
 	return a, nil
 }

@@ -39,8 +39,10 @@ type Status struct {
 	// Node is the node's name in spec.nodeName, PolicyDir an absolute path.
 	Node      string `json:"node,omitempty"`
 	PolicyDir string `json:"policyDir,omitempty"`
-	// Synced is when the kernel last took everything the daemon knew; zero if
-	// it never did.
+	// Once says that the process was to apply the state and end.
+	Once bool `json:"once,omitempty"`
+	// Synced is when the kernel last had everything the daemon knew; zero if it
+	// never did.
 	Synced time.Time `json:"synced,omitzero"`
 
 	Policies   int `json:"policies"`

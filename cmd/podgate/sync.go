@@ -1,0 +1,224 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd"
+	"github.com/podgate/podgate/syncd/inventory"
+	"github.com/podgate/podgate/syncd/source"
+	"github.com/podgate/podgate/syncd/status"
+)
+
+// syncFlags are those of the sync command.
+type syncFlags struct {
+	policyDir string
+	node      string
+	once      bool
+	metrics   string
+	capacity  pinning.Capacity
+}
+
+func (a *app) syncCommand() *cobra.Command {
+	var f syncFlags
+	cmd := &cobra.Command{
+		Use:   "sync --policy-dir DIR",
+		Short: "Keep what is enforced equal to a directory of manifests",
+		Long: `Reads Kubernetes manifests (Namespace, Pod, NetworkPolicy; YAML or JSON, also as
+"kubectl get -o yaml" prints them) from a directory, keeps the kernel's tables
+equal to them, and follows changes of the directory and of the node's pods.
+
+A file that is broken keeps its last good policy and is named in the log, in the
+metrics and by "podgate status". Pods without a manifest are in the namespace
+the runtime names, or "default", with the labels of args.cni.labels. Manifests
+of pods on other nodes say what address has which labels.
+
+What is enforced stays when this process ends, however it ends.`,
+		Example: `  podgate sync --policy-dir /etc/podgate/policies
+  podgate sync --policy-dir ./policies --once`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if !cmd.Flags().Changed("log-level") {
+				a.logLevel = slog.LevelInfo
+			}
+			return a.sync(cmd.Context(), f)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&f.policyDir, "policy-dir", "", "directory of manifests")
+	flags.StringVar(&f.node, "node-name", "", "name of this node, as in spec.nodeName (default the host name)")
+	flags.BoolVar(&f.once, "once", false, "apply the present state and exit; exit code 2 if some of it could not be")
+	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics on, such as 127.0.0.1:9090 (default none)")
+	capacityFlags(flags, &f.capacity)
+	if err := errors.Join(cmd.MarkFlagRequired("policy-dir"), cmd.MarkFlagDirname("policy-dir")); err != nil {
+		panic(err) // a flag that does not exist
+	}
+	return cmd
+}
+
+// capacityFlags are those of the commands that make an instance. An instance
+// that exists keeps the capacity it has.
+func capacityFlags(flags *pflag.FlagSet, c *pinning.Capacity) {
+	d := pinning.DefaultCapacity()
+	for _, f := range []struct {
+		name  string
+		field *uint32
+		value uint32
+		usage string
+	}{
+		{"endpoints", &c.Endpoints, d.Endpoints, "endpoints at once"},
+		{"flows", &c.Flows, d.Flows, "flows tracked"},
+		{"peers", &c.Peers, d.Peers, "pod addresses that policy tells apart"},
+		{"blocks", &c.Blocks, d.Blocks, "CIDR prefixes"},
+		{"cells", &c.Cells, d.Cells, "pairs of ruleset and class"},
+		{"rules", &c.Rules, d.Rules, "rules of all policies"},
+		{"fragments", &c.Fragments, d.Fragments, "fragmented datagrams under way"},
+		{"event-bytes", &c.EventBytes, d.EventBytes, "bytes of the event ring, a power of two"},
+	} {
+		flags.Uint32Var(f.field, "capacity-"+f.name, f.value, f.usage+"; fixed when the state is made")
+	}
+}
+
+func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
+	logger := a.logger()
+	dir, err := filepath.Abs(f.policyDir)
+	if err != nil {
+		return err
+	}
+	if f.node == "" {
+		if f.node, err = os.Hostname(); err != nil {
+			return fmt.Errorf("node name: %w", err)
+		}
+	}
+	run, err := status.Acquire(a.runDirectory())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, run.Close()) }()
+
+	options := a.options()
+	options.Capacity = f.capacity
+	state, err := pinning.Ensure(ctx, options)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, state.Close()) }()
+
+	started := a.Now()
+	metrics := syncd.NewMetrics()
+	daemon := syncd.New(syncd.Options{
+		State: state,
+		Source: source.NewDirectory(source.DirectoryOptions{
+			Path: dir, Cache: cacheDirectory(run.Path()), Logger: logger,
+		}),
+		Inventory: inventory.Options{Node: f.node, Unlisted: true},
+		Report: func(s status.Status) {
+			s.PID, s.Version, s.Started = os.Getpid(), version, started
+			s.Node, s.PolicyDir, s.Once = f.node, dir, f.once
+			if err := run.Write(s); err != nil {
+				logger.Error("status not written", "error", err)
+			}
+		},
+		Metrics: metrics,
+		Logger:  logger,
+	})
+	if f.once {
+		problems, err := daemon.Once(ctx)
+		if err != nil {
+			return err
+		}
+		for _, p := range problems {
+			fmt.Fprintf(a.Stderr, "podgate: %s: %s\n", p.Subject, p.Reason)
+		}
+		if len(problems) > 0 {
+			return errProblem
+		}
+		return nil
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return daemon.Run(ctx) })
+	if f.metrics != "" {
+		registry := prometheus.NewRegistry()
+		registry.MustRegister(metrics, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+		g.Go(func() error { return serveMetrics(ctx, f.metrics, registry) })
+	}
+	return g.Wait()
+}
+
+// cacheDirectory is where the daemon keeps the last good version of files.
+func cacheDirectory(runDir string) string { return filepath.Join(runDir, "last-good") }
+
+// serveMetrics serves /metrics until ctx is done.
+func serveMetrics(ctx context.Context, addr string, gatherer prometheus.Gatherer) error {
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return fmt.Errorf("metrics: %w", err)
+	}
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(gatherer, promhttp.HandlerOpts{}))
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("metrics: %w", err)
+	}
+	return nil
+}
+
+func (a *app) initCommand() *cobra.Command {
+	var capacity pinning.Capacity
+	cmd := &cobra.Command{
+		Use:   "init",
+		Short: "Set up the pinned state, or check what is there",
+		Long: `Mounts the BPF file system if need be, loads the programs and pins them and
+their maps. With the state there already it checks that this version can use it.
+
+Without it the first ADD or "podgate sync" does the same.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			options := a.options()
+			options.Capacity = capacity
+			state, err := pinning.Ensure(cmd.Context(), options)
+			if err != nil {
+				return err
+			}
+			return state.Close()
+		},
+	}
+	capacityFlags(cmd.Flags(), &capacity)
+	return cmd
+}
+
+func (a *app) versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "version",
+		Short: "Print the version of this binary and of its pinned layout",
+		Args:  cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			return a.print(map[string]any{"version": version, "abi": pinning.ABI}, func(w io.Writer) {
+				fmt.Fprintf(w, "podgate %s, pinned layout v%d\n", version, pinning.ABI)
+			})
+		},
+	}
+}
