@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -102,8 +103,20 @@ func TestWaitForPolicy(t *testing.T) {
 	for len(l.endpoints()) == 0 {
 		time.Sleep(10 * time.Millisecond)
 	}
-	if s := l.enforcement(p); s != "closed" {
-		t.Errorf("gate is %s while ADD waits", s)
+	state := l.state()
+	for {
+		// The record is there before the gate is.
+		_, e, err := state.Endpoint(key(p))
+		if err == nil {
+			if e.State() != "closed" {
+				t.Errorf("gate is %s while ADD waits", e.State())
+			}
+			break
+		}
+		if !errors.Is(err, pinning.ErrDiffers) {
+			t.Fatal(err)
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	select {
 	case err := <-added:
