@@ -36,7 +36,13 @@ const pluginPackage = "github.com/podgate/podgate/plugin"
 // and with the reference plugins. Those do not change from run to run: they
 // are linked once into the user's cache directory, and dir gets symbolic
 // links. The current directory must be in this module.
+//
+// Where there is no Go, the environment variable NETLAB_PLUGINS names a
+// directory that Build filled elsewhere.
 func Build(ctx context.Context, dir string) error {
+	if built := os.Getenv("NETLAB_PLUGINS"); built != "" {
+		return linkAll(built, dir)
+	}
 	if err := BuildReference(ctx, dir); err != nil {
 		return err
 	}
@@ -68,6 +74,20 @@ func BuildReference(ctx context.Context, dir string) error {
 	for _, p := range referencePlugins {
 		name := path.Base(p)
 		if err := os.Symlink(filepath.Join(cache, name), filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// linkAll makes symbolic links in dir to what is in another directory.
+func linkAll(from, dir string) error {
+	entries, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.Symlink(filepath.Join(from, e.Name()), filepath.Join(dir, e.Name())); err != nil {
 			return err
 		}
 	}

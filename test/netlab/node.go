@@ -130,7 +130,7 @@ func newNamespace() (_ *namespace, err error) {
 	if err != nil {
 		return nil, err
 	}
-	h, err := netlink.NewHandleAt(netns.NsHandle(temp.Fd()))
+	h, err := netlink.NewHandleAt(netns.NsHandle(temp.Fd()), unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, err
 	}
