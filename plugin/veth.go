@@ -13,6 +13,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // Reasons why an interface cannot be gated.
@@ -45,7 +46,7 @@ func openNetNS(path string, override bool) (*podNetNS, error) {
 		host.Close()
 		return nil, fmt.Errorf("%w: CNI_NETNS=%s is the network namespace of the host", errNetNS, path)
 	}
-	handle, err := netlink.NewHandleAt(pod)
+	handle, err := netlink.NewHandleAt(pod, unix.NETLINK_ROUTE)
 	if err != nil {
 		host.Close()
 		return nil, fmt.Errorf("%w: CNI_NETNS=%s: %w", errNetNS, path, err)
