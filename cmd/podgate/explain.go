@@ -6,10 +6,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"strings"
 
@@ -166,7 +166,7 @@ func (a *app) explain(ctx context.Context, from, to, portText, policyDir string)
 			x.Caveats = append(x.Caveats, fmt.Sprintf("%s has no address in its manifest; %s is assumed", to, p.To))
 		}
 	}
-	if err := a.print(x, func(w io.Writer) { a.writeExplanation(w, &x, port) }); err != nil {
+	if err := a.print(x, func(w *bytes.Buffer) { a.writeExplanation(w, &x, port) }); err != nil {
 		return err
 	}
 	return q.outcome(x.Disagree)
@@ -191,7 +191,7 @@ func verdictStyle(word string) style {
 	}
 }
 
-func (a *app) writeExplanation(w io.Writer, x *explanation, port reach.Port) {
+func (a *app) writeExplanation(w *bytes.Buffer, x *explanation, port reach.Port) {
 	fmt.Fprintf(w, "%s  %s -> %s on %s\n", a.paint(verdictStyle(x.Verdict), strings.ToUpper(x.Verdict)), x.From, x.To, port)
 	for _, p := range x.Paths {
 		fmt.Fprintf(w, "\n%s -> %s  %s\n", p.From, p.To, a.paint(verdictStyle(string(p.Verdict)), string(p.Verdict)))
@@ -208,7 +208,7 @@ func (a *app) writeExplanation(w io.Writer, x *explanation, port reach.Port) {
 	a.writeProblems(w, x.Problems)
 }
 
-func (a *app) writeSide(w io.Writer, s reach.Side) {
+func (a *app) writeSide(w *bytes.Buffer, s reach.Side) {
 	fmt.Fprintf(w, "  %s of %s: %s\n", s.Direction, s.Pod, a.paint(verdictStyle(string(s.Verdict)), string(s.Verdict)))
 	switch {
 	case s.Disagree:

@@ -6,12 +6,12 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"slices"
 	"strings"
@@ -239,7 +239,7 @@ func (a *app) flows(ctx context.Context, f flowFilter, follow bool) (err error) 
 func (a *app) reportLost(events *flow.Reader, before uint64) error {
 	lost, err := events.Lost()
 	if err == nil && lost > before {
-		fmt.Fprintf(a.Stderr, "podgate: %s were lost: the ring was full\n", plural(int(lost-before), "event", "events"))
+		a.complain("podgate: %s were lost: the ring was full\n", plural(int(lost-before), "event", "events"))
 	}
 	return err
 }
@@ -304,7 +304,7 @@ func (a *app) listFlows(ctx context.Context, f flowFilter) (err error) {
 		return cmp.Or(cmp.Compare(a.Pod, b.Pod), a.PeerAddress.Compare(b.PeerAddress),
 			cmp.Compare(a.Protocol, b.Protocol), cmp.Compare(a.PeerPort, b.PeerPort), cmp.Compare(a.LocalPort, b.LocalPort))
 	})
-	return a.print(flows, func(w io.Writer) {
+	return a.print(flows, func(w *bytes.Buffer) {
 		rows := [][]cell{row("POD", "DIRECTION", "PROTOCOL", "LOCAL", "PEER", "STATE", "IN", "OUT", "ALLOWED BY")}
 		for i := range flows {
 			r := &flows[i]

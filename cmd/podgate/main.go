@@ -67,9 +67,12 @@ func run(ctx context.Context, e env, args []string) int {
 	case errors.Is(err, errProblem):
 		return exitProblem
 	}
-	fmt.Fprintf(e.Stderr, "podgate: %v\n", err)
+	e.complain("podgate: %v\n", err)
 	if hint := hintFor(err); hint != "" {
-		fmt.Fprintf(e.Stderr, "  %s\n", hint)
+		e.complain("  %s\n", hint)
 	}
 	return exitError
 }
+
+// complain writes to Stderr. If that fails there is nobody left to tell.
+func (e env) complain(format string, args ...any) { _, _ = fmt.Fprintf(e.Stderr, format, args...) }

@@ -6,10 +6,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -117,7 +117,7 @@ func (a *app) matrix(ctx context.Context, f matrixFlags) (err error) {
 			}
 		}
 	}
-	if err := a.print(report, func(w io.Writer) { a.writeMatrix(w, report, ports) }); err != nil {
+	if err := a.print(report, func(w *bytes.Buffer) { a.writeMatrix(w, report, ports) }); err != nil {
 		return err
 	}
 	return q.outcome(report.Disagree > 0)
@@ -171,7 +171,7 @@ func (q *questions) cell(ctx context.Context, from, to reach.Party, port reach.P
 	return c, nil
 }
 
-func (a *app) writeMatrix(w io.Writer, r *matrixReport, ports []reach.Port) {
+func (a *app) writeMatrix(w *bytes.Buffer, r *matrixReport, ports []reach.Port) {
 	n := len(r.Parties)
 	// Names make a header that fits only for a few.
 	columns := r.Parties

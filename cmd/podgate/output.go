@@ -6,9 +6,9 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -22,29 +22,20 @@ const (
 
 func outputs() []string { return []string{outputText, outputJSON} }
 
-// print writes a value as JSON, or has text write it.
-func (a *app) print(value any, text func(w io.Writer)) error {
+// print writes a value as JSON, or what text makes of it.
+func (a *app) print(value any, text func(w *bytes.Buffer)) error {
+	var b bytes.Buffer
 	if a.output == outputJSON {
-		enc := json.NewEncoder(a.Stdout)
+		enc := json.NewEncoder(&b)
 		enc.SetIndent("", "  ")
-		return enc.Encode(value)
+		if err := enc.Encode(value); err != nil {
+			return err
+		}
+	} else {
+		text(&b)
 	}
-	w := &errWriter{w: a.Stdout}
-	text(w)
-	return w.err
-}
-
-// errWriter remembers the first error and writes nothing after it.
-type errWriter struct {
-	w   io.Writer
-	err error
-}
-
-func (e *errWriter) Write(p []byte) (int, error) {
-	if e.err == nil {
-		_, e.err = e.w.Write(p)
-	}
-	return len(p), nil
+	_, err := b.WriteTo(a.Stdout)
+	return err
 }
 
 // style is an SGR parameter (ECMA-48).
@@ -59,9 +50,10 @@ const (
 	yellow style = "33"
 )
 
-// paint colours text on a terminal, unless NO_COLOR (no-color.org) is set.
+// paint colours text on a terminal, unless no-color.org says not to.
 func (a *app) paint(s style, text string) string {
-	if s == plain || !a.Terminal || a.Getenv("NO_COLOR") != "" || a.Getenv("TERM") == "dumb" {
+	const off = "NO_COLOR" //nolint:misspell // its name
+	if s == plain || !a.Terminal || a.Getenv(off) != "" || a.Getenv("TERM") == "dumb" {
 		return text
 	}
 	return "\x1b[" + string(s) + "m" + text + "\x1b[0m"
@@ -83,7 +75,7 @@ func row(texts ...string) []cell {
 }
 
 // table writes rows in columns of equal width; the first row is the header.
-func (a *app) table(w io.Writer, rows [][]cell) {
+func (a *app) table(w *bytes.Buffer, rows [][]cell) {
 	for i := range rows[0] {
 		rows[0][i].style = bold
 	}
@@ -91,7 +83,7 @@ func (a *app) table(w io.Writer, rows [][]cell) {
 }
 
 // columns writes rows in columns of equal width.
-func (a *app) columns(w io.Writer, rows [][]cell) {
+func (a *app) columns(w *bytes.Buffer, rows [][]cell) {
 	var widths []int
 	for _, r := range rows {
 		for i, c := range r {

@@ -6,11 +6,11 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 
@@ -65,7 +65,7 @@ the packets each has judged. Counters of a rule are those of all its endpoints.`
 			if err != nil {
 				return err
 			}
-			return a.print(reports, func(w io.Writer) { a.writePolicy(w, reports) })
+			return a.print(reports, func(w *bytes.Buffer) { a.writePolicy(w, reports) })
 		},
 		ValidArgsFunction: a.completeEndpoints,
 	}
@@ -215,7 +215,7 @@ func directionPolicy(state *pinning.State, rules map[ruleOwner][]pinning.Rule, i
 	return r, nil
 }
 
-func (a *app) writePolicy(w io.Writer, reports []policyReport) {
+func (a *app) writePolicy(w *bytes.Buffer, reports []policyReport) {
 	if len(reports) == 0 {
 		fmt.Fprintln(w, "no endpoints")
 	}
@@ -233,7 +233,7 @@ func (a *app) writePolicy(w io.Writer, reports []policyReport) {
 	}
 }
 
-func (a *app) writeDirection(w io.Writer, direction string, r directionReport) {
+func (a *app) writeDirection(w *bytes.Buffer, direction string, r directionReport) {
 	switch r.State {
 	case "closed":
 		fmt.Fprintf(w, "  %s: %s, its policy is not known yet\n", direction, a.paint(yellow, "closed"))

@@ -6,9 +6,9 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -43,7 +43,7 @@ same by itself.`,
 				}
 				repairs = append(repairs, x)
 			}
-			return errors.Join(err, a.print(repairs, func(w io.Writer) {
+			return errors.Join(err, a.print(repairs, func(w *bytes.Buffer) {
 				if len(repairs) == 0 && err == nil {
 					fmt.Fprintln(w, "nothing to repair")
 				}
@@ -90,7 +90,7 @@ any more: name every attachment that is alive.`,
 			if removed == nil {
 				removed = []pinning.AttachmentKey{}
 			}
-			return errors.Join(err, a.print(removed, func(w io.Writer) {
+			return errors.Join(err, a.print(removed, func(w *bytes.Buffer) {
 				for _, k := range removed {
 					fmt.Fprintln(w, k)
 				}

@@ -39,7 +39,7 @@ func TestCommandLine(t *testing.T) {
 		{"version as JSON", []string{"version", "-o", "json"}, 0, `"abi": 1`, ""},
 		{"completion", []string{"completion", "bash"}, 0, "__start_podgate", ""},
 		{"flag completion", []string{"__complete", "flows", "--verdict", ""}, 0, "denied", ""},
-		{"unknown command", []string{"expalin"}, 1, "", `unknown command "expalin"`},
+		{"unknown command", []string{"describe"}, 1, "", `unknown command "describe"`},
 		{"unknown output", []string{"status", "-o", "yaml"}, 1, "", `output "yaml" is not one of [text json]`},
 		{"unknown log level", []string{"status", "--log-level", "loud"}, 1, "", "loud"},
 		{"missing flag", []string{"sync"}, 1, "", "policy-dir"},

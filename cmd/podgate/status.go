@@ -6,11 +6,11 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"slices"
@@ -98,7 +98,7 @@ Exit code 2 if there are problems.`,
 			if err != nil {
 				return err
 			}
-			if err := a.print(report, func(w io.Writer) { a.writeStatus(w, report) }); err != nil {
+			if err := a.print(report, func(w *bytes.Buffer) { a.writeStatus(w, report) }); err != nil {
 				return err
 			}
 			if len(report.Problems) > 0 {
@@ -234,7 +234,7 @@ func fullness(m pinning.MapUsage) int {
 	return m.Used * 100 / int(m.Max)
 }
 
-func (a *app) writeStatus(w io.Writer, r *statusReport) {
+func (a *app) writeStatus(w *bytes.Buffer, r *statusReport) {
 	fmt.Fprintf(w, "podgate %s, instance %s, pinned layout v%d\n", r.Version, r.Instance, r.ABI)
 	if d := r.Daemon; d != nil {
 		running := a.paint(red, "not running")
@@ -283,7 +283,7 @@ func (a *app) writeStatus(w io.Writer, r *statusReport) {
 	a.writeProblems(w, r.Problems)
 }
 
-func (a *app) writeProblems(w io.Writer, problems []source.Problem) {
+func (a *app) writeProblems(w *bytes.Buffer, problems []source.Problem) {
 	if len(problems) == 0 {
 		return
 	}

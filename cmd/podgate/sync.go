@@ -6,10 +6,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -149,7 +149,7 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 			return err
 		}
 		for _, p := range problems {
-			fmt.Fprintf(a.Stderr, "podgate: %s: %s\n", p.Subject, p.Reason)
+			a.complain("podgate: %s: %s\n", p.Subject, p.Reason)
 		}
 		if len(problems) > 0 {
 			return errProblem
@@ -216,7 +216,7 @@ func (a *app) versionCommand() *cobra.Command {
 		Short: "Print the version of this binary and of its pinned layout",
 		Args:  cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			return a.print(map[string]any{"version": version, "abi": pinning.ABI}, func(w io.Writer) {
+			return a.print(map[string]any{"version": version, "abi": pinning.ABI}, func(w *bytes.Buffer) {
 				fmt.Fprintf(w, "podgate %s, pinned layout v%d\n", version, pinning.ABI)
 			})
 		},

@@ -18,8 +18,8 @@ import (
 	"github.com/podgate/podgate/bpf/policy"
 )
 
-// AnnotationAudit, "true" on a Pod or on its Namespace, puts pods in audit
-// mode: what policy would deny passes, and is reported.
+// AnnotationAudit puts pods in audit mode if it is "true" on the Pod or on its
+// Namespace: what policy would deny passes, and is reported.
 const AnnotationAudit = "podgate.io/audit"
 
 // annotationMirror carries, on the API server's copy of a static pod, the UID

@@ -55,7 +55,7 @@ func load(t *testing.T, d *Directory) Batch {
 func describe(b Batch) []string {
 	var out []string
 	for _, o := range b.Set {
-		out = append(out, "+"+o.Key.String())
+		out = append(out, "+"+o.String())
 	}
 	for _, k := range b.Gone {
 		out = append(out, "-"+k.String())

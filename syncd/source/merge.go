@@ -28,7 +28,7 @@ func (d *Directory) difference() Batch {
 			batch.Gone = append(batch.Gone, key)
 		}
 	}
-	slices.SortFunc(batch.Set, func(a, b manifest.Object) int { return a.Key.Compare(b.Key) })
+	slices.SortFunc(batch.Set, func(a, b manifest.Object) int { return a.Compare(b.Key) })
 	slices.SortFunc(batch.Gone, manifest.Key.Compare)
 	d.state = state
 	return batch
