@@ -100,6 +100,7 @@ type DatapathEndpoint struct {
 	_              [4]byte
 	CreatedNs      uint64
 	Addresses      [16]DatapathAddress
+	CniIfname      [16]int8
 	Network        [128]int8
 	Netns          [128]int8
 	PodUid         [64]int8

@@ -93,7 +93,11 @@ func (m Mode) enforcement() Enforcement {
 
 // Endpoint is the record of one CNI attachment.
 type Endpoint struct {
+	// Key is the container and the interface in it.
 	Key AttachmentKey `json:"attachment"`
+	// CNIIfName is the CNI_IFNAME of the attachment that the interface came
+	// with; empty means Key.IfName. An attachment may have several interfaces.
+	CNIIfName string `json:"cniIfname,omitempty"`
 	// ID is never reused, Gate is the slot in the gates map.
 	ID   uint32 `json:"id"`
 	Gate uint32 `json:"gate"`
@@ -118,6 +122,14 @@ type Endpoint struct {
 	Mode      Mode          `json:"mode"`
 	Attach    AttachKind    `json:"attach"`
 	Created   time.Time     `json:"created"`
+}
+
+// attachment is what the runtime calls the endpoint's attachment.
+func (e *Endpoint) attachment() AttachmentKey {
+	if e.CNIIfName == "" {
+		return e.Key
+	}
+	return AttachmentKey{e.Key.ContainerID, e.CNIIfName}
 }
 
 // podKey is the subject that an endpoint follows until someone knows better:
@@ -171,6 +183,7 @@ func (e *Endpoint) wire() (*bpf.DatapathEndpoint, error) {
 		}
 	}
 	return w, errors.Join(
+		setText(w.CniIfname[:], "CNI_IFNAME", e.attachment().IfName),
 		setText(w.Network[:], "network name", e.Network),
 		setText(w.Netns[:], "network namespace path", e.NetNS),
 		setText(w.PodUid[:], "pod UID", e.PodUID),
@@ -183,8 +196,9 @@ func (e *Endpoint) wire() (*bpf.DatapathEndpoint, error) {
 func unwireEndpoint(k *bpf.DatapathAttachment, w *bpf.DatapathEndpoint) (Endpoint, error) {
 	e := Endpoint{
 		Key: attachmentKey(k), ID: w.Id, Gate: w.Gate, HostIfindex: int(w.Ifindex),
-		MAC:     net.HardwareAddr(append([]byte(nil), w.Mac[:]...)),
-		Network: text(w.Network[:]), NetNS: text(w.Netns[:]),
+		MAC:       net.HardwareAddr(append([]byte(nil), w.Mac[:]...)),
+		CNIIfName: text(w.CniIfname[:]),
+		Network:   text(w.Network[:]), NetNS: text(w.Netns[:]),
 		PodUID: text(w.PodUid[:]), PodNamespace: text(w.PodNamespace[:]), PodName: text(w.PodName[:]),
 		Pod:       policy.PodKey(text(w.PodKey[:])),
 		AntiSpoof: w.Flags&uint16(bpf.DatapathGateFlagsGATE_ANTI_SPOOF) != 0,

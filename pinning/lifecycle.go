@@ -30,8 +30,11 @@ type AddRequest struct {
 
 // Add gates an endpoint: when it returns without an error both hooks are
 // attached and the gate enforces the pod's published policy, or is what its
-// mode says. An attachment that is there already is replaced. On an error
+// mode says. An endpoint that is there already is replaced. On an error
 // nothing of it is left.
+//
+// The hooks are attached without the lock: the kernel makes who attaches wait
+// for all CPUs, and nobody else touches the interface.
 func (s *State) Add(ctx context.Context, r AddRequest) (Endpoint, Enforcement, error) {
 	var e Endpoint
 	err := s.locked(ctx, func() error {
@@ -42,10 +45,20 @@ func (s *State) Add(ctx context.Context, r AddRequest) (Endpoint, Enforcement, e
 		if e, err = s.add(r); err != nil {
 			return errors.Join(err, s.delete(r.Key))
 		}
-		return s.changed()
+		return nil
 	})
 	if err != nil {
 		return Endpoint{}, Enforcement{}, err
+	}
+	if e.Attach, err = s.attach(e.ID, e.HostIfindex, r.Attach); err == nil {
+		err = s.record(&e)
+	}
+	if err == nil {
+		err = s.changed()
+	}
+	if err != nil {
+		undo := s.locked(ctx, func() error { return s.delete(r.Key) })
+		return Endpoint{}, Enforcement{}, errors.Join(err, undo)
 	}
 	return e, s.await(ctx, e, r.Wait), nil
 }
@@ -65,12 +78,8 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	e.ID = atomic.AddUint32(&sh.state.NextEndpoint, 1)
 	e.Pod = e.podKey()
 	e.Created = time.Now()
-	// Recorded before anything else: DEL finds what a dying ADD leaves. The
-	// kind is not known yet; to detach a tcx link that is not there is no error.
-	e.Attach = AttachTCX
-	if r.Attach == AttachClsact {
-		e.Attach = AttachClsact
-	}
+	// Recorded before anything else: DEL finds what a dying ADD leaves.
+	e.Attach = AttachAuto
 	if err := s.record(&e); err != nil {
 		return e, err
 	}
@@ -90,13 +99,7 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	if err := s.learnNodeAddresses(); err != nil {
 		return e, err
 	}
-	if err := s.openGate(sh, &e, published, found); err != nil {
-		return e, err
-	}
-	if e.Attach, err = s.attach(e.ID, e.HostIfindex, r.Attach); err != nil {
-		return e, err
-	}
-	return e, s.record(&e)
+	return e, s.openGate(sh, &e, published, found)
 }
 
 // openGate publishes the gate; the hooks come after it.
@@ -235,16 +238,47 @@ func (s *State) changed() error {
 	return nil
 }
 
-// Delete ends an endpoint: hooks, gate, addresses, record, in this order. It
-// returns nil when there is no such endpoint; claims that the attachment has
-// without an endpoint end too.
+// Delete ends an attachment: the hooks, gate, addresses and record of each of
+// its endpoints. It returns nil when there is none.
 func (s *State) Delete(ctx context.Context, k AttachmentKey) error {
 	return s.locked(ctx, func() error {
-		if err := s.delete(k); err != nil {
-			return fmt.Errorf("endpoint %s: %w", k, err)
+		keys, err := s.endpointsOf(k)
+		if err != nil {
+			return err
 		}
-		return s.changed()
+		var errs []error
+		for _, key := range keys {
+			if err := s.delete(key); err != nil {
+				errs = append(errs, fmt.Errorf("endpoint %s: %w", key, err))
+			}
+		}
+		return errors.Join(append(errs, s.changed())...)
 	})
+}
+
+// endpointsOf lists the endpoints of an attachment: its own interface and
+// those that came with it.
+func (s *State) endpointsOf(k AttachmentKey) ([]AttachmentKey, error) {
+	m, err := s.m(bpf.DatapathMapEndpoints)
+	if err != nil {
+		return nil, err
+	}
+	all, err := keysOf[bpf.DatapathAttachment](m)
+	if err != nil {
+		return nil, err
+	}
+	own := []AttachmentKey{k}
+	for i := range all {
+		other := attachmentKey(&all[i])
+		if other.ContainerID != k.ContainerID || other == k {
+			continue
+		}
+		var w bpf.DatapathEndpoint
+		if err := m.Lookup(&all[i], &w); err == nil && text(w.CniIfname[:]) == k.IfName {
+			own = append(own, other)
+		}
+	}
+	return own, nil
 }
 
 func (s *State) delete(k AttachmentKey) error {
@@ -271,12 +305,15 @@ func (s *State) delete(k AttachmentKey) error {
 	if err != nil {
 		return err
 	}
-	// Both kinds: an ADD that died may have left either.
-	errs := []error{s.detachTCX(e.ID)}
-	own := e.Gate < uint32(len(sh.gates)) && sh.gates[e.Gate].Endpoint == e.ID
-	if own {
-		errs = append(errs, s.detachClsact(e.HostIfindex))
+	// From here on the interface is closed.
+	if e.Gate < uint32(len(sh.gates)) && sh.gates[e.Gate].Endpoint == e.ID {
 		sh.retract(e.Gate)
+	}
+	// Both kinds: an ADD that died may have left either. An interface whose
+	// gate is another's is not ours any more.
+	errs := []error{s.detachTCX(e.ID)}
+	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
+		errs = append(errs, s.detachClsact(e.HostIfindex))
 	}
 	errs = append(errs, s.setSources(e.ID, e.Addresses, false))
 	if len(e.Addresses) > 0 {
@@ -289,8 +326,8 @@ func (s *State) delete(k AttachmentKey) error {
 	return remove(m, &key)
 }
 
-// GC removes the endpoints of a network that are not in keep. It goes on after
-// errors and returns them joined.
+// GC removes the endpoints of a network whose attachments are not in keep. It
+// goes on after errors and returns them joined.
 func (s *State) GC(ctx context.Context, network string, keep map[AttachmentKey]struct{}) ([]AttachmentKey, error) {
 	var removed []AttachmentKey
 	err := s.locked(ctx, func() error {
@@ -300,7 +337,7 @@ func (s *State) GC(ctx context.Context, network string, keep map[AttachmentKey]s
 				errs = append(errs, err)
 				continue
 			}
-			if _, ok := keep[e.Key]; ok || e.Network != network {
+			if _, ok := keep[e.attachment()]; ok || e.Network != network {
 				continue
 			}
 			if err := s.delete(e.Key); err != nil {

@@ -7,9 +7,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -52,12 +54,16 @@ func (s *State) Repair(ctx context.Context) ([]Repaired, error) {
 			}
 		}
 		swept, err := s.sweepPins(alive)
-		errs = append(errs, err, s.sweepGates(alive), s.sweepSources(alive), s.Sweep(ctx))
+		errs = append(errs, err, s.sweepGates(alive), s.sweepSources(alive), s.sweepClaims(), s.Sweep(ctx))
 		done = append(done, swept...)
 		return errors.Join(errs...)
 	})
 	return done, err
 }
+
+// attachTime is how long an ADD may take to attach its hooks before Repair
+// takes it for dead.
+const attachTime = time.Minute
 
 func (s *State) repair(e Endpoint) (what string, gone bool, err error) {
 	if _, err := netlink.LinkByIndex(e.HostIfindex); isNoLink(err) {
@@ -67,6 +73,9 @@ func (s *State) repair(e Endpoint) (what string, gone bool, err error) {
 		return "its interface is gone: endpoint removed", true, s.changed()
 	} else if err != nil {
 		return "", false, fmt.Errorf("interface %d: %w", e.HostIfindex, err)
+	}
+	if e.Attach == AttachAuto && time.Since(e.Created) < attachTime {
+		return "", false, nil
 	}
 	if err := s.restorePeers(e); err != nil {
 		return "", false, err
@@ -84,6 +93,12 @@ func (s *State) repair(e Endpoint) (what string, gone bool, err error) {
 func (s *State) reattach(e *Endpoint) error {
 	if e.Attach == AttachTCX {
 		return s.replaceTCX(e.ID, e.HostIfindex)
+	}
+	if e.Attach == AttachAuto {
+		e.Attach = AttachClsact
+		if err := s.record(e); err != nil {
+			return err
+		}
 	}
 	// To be first again, behind nobody, the filter has to be added anew.
 	err := s.attachClsact(e.HostIfindex)
@@ -176,6 +191,30 @@ func (s *State) sweepSources(alive map[uint32]struct{}) error {
 		_, ok := alive[k.Endpoint]
 		return ok
 	})
+}
+
+// claimTime is how long a claim may wait for its endpoint: longer than any
+// chain of plugins takes.
+const claimTime = 10 * time.Minute
+
+// sweepClaims ends claims made at allocation whose endpoint never came.
+func (s *State) sweepClaims() error {
+	m, err := s.m(bpf.DatapathMapClaims)
+	if err != nil {
+		return err
+	}
+	claims, err := dump[bpf.DatapathAddress, bpf.DatapathClaim](m)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for a, c := range claims {
+		if c.Endpoint != 0 || time.Since(time.Unix(0, int64(c.CreatedNs))) < claimTime {
+			continue
+		}
+		errs = append(errs, s.release(attachmentKey(&c.Attachment), []netip.Addr{unwire(a)}))
+	}
+	return errors.Join(errs...)
 }
 
 // Upgrade makes every hook run this binary's programs, if they are not the
@@ -277,8 +316,12 @@ func (s *State) swap(e Endpoint) error {
 	if _, err := netlink.LinkByIndex(e.HostIfindex); isNoLink(err) {
 		return nil // Repair removes it.
 	}
-	if e.Attach == AttachTCX {
+	switch e.Attach {
+	case AttachAuto:
+		return nil // Its ADD is at it, and Repair looks after it.
+	case AttachTCX:
 		return s.replaceTCX(e.ID, e.HostIfindex)
+	default:
 	}
 	return s.replaceFilters(e.HostIfindex)
 }

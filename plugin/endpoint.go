@@ -85,6 +85,7 @@ func (a *attachment) endpoint(i ipamhooks.Interface, v *veth) pinning.Endpoint {
 	}
 	return pinning.Endpoint{
 		Key:          pinning.AttachmentKey{ContainerID: a.args.ContainerID, IfName: i.Name},
+		CNIIfName:    a.args.IfName,
 		HostIfindex:  v.peer.Attrs().Index,
 		MAC:          net.HardwareAddr(mac),
 		Network:      a.conf.Name,

@@ -8,7 +8,6 @@ import (
 	"errors"
 
 	"github.com/containernetworking/cni/pkg/skel"
-	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/podgate/podgate/conf"
 	"github.com/podgate/podgate/pinning"
@@ -35,33 +34,13 @@ func (c *call) gc(ctx context.Context, args *skel.CmdArgs) error {
 		return err
 	}
 	defer state.Close()
-	keep, err := keys(state, n.Valid.List)
-	if err != nil {
-		return err
+	keep := make(map[pinning.AttachmentKey]struct{}, len(n.Valid.List))
+	for _, a := range n.Valid.List {
+		keep[pinning.AttachmentKey{ContainerID: a.ContainerID, IfName: a.IfName}] = struct{}{}
 	}
 	removed, err := state.GC(ctx, n.Name, keep)
 	for _, key := range removed {
 		logger.Info("collected", "container", key.ContainerID, "interface", key.IfName)
 	}
 	return err
-}
-
-// keys of the endpoints to keep: those of the valid attachments, and all others
-// of their containers. An attachment may have gates at further interfaces, which
-// no list names; to keep one too many is better than to open one.
-func keys(state *pinning.State, valid []types.GCAttachment) (map[pinning.AttachmentKey]struct{}, error) {
-	containers := map[string]struct{}{}
-	for _, a := range valid {
-		containers[a.ContainerID] = struct{}{}
-	}
-	keep := map[pinning.AttachmentKey]struct{}{}
-	for e, err := range state.Endpoints() {
-		if err != nil && e.Key == (pinning.AttachmentKey{}) {
-			return nil, err
-		}
-		if _, ok := containers[e.Key.ContainerID]; ok {
-			keep[e.Key] = struct{}{}
-		}
-	}
-	return keep, nil
 }

@@ -254,11 +254,11 @@ func TestGC(t *testing.T) {
 			func(a, _ *netlab.Pod) netlab.Plugin { return netlab.Plugin{"cni.dev/attachments": valid(a)} },
 			func(a, _, other *netlab.Pod) []*netlab.Pod { return []*netlab.Pod{a, other} },
 		},
-		"another interface of the container is valid": {
+		"another attachment of the container does not keep this one": {
 			func(_, b *netlab.Pod) netlab.Plugin {
 				return netlab.Plugin{"cni.dev/valid-attachments": valid(b.Interface("net9"))}
 			},
-			func(_, b, other *netlab.Pod) []*netlab.Pod { return []*netlab.Pod{b, other} },
+			func(_, _, other *netlab.Pod) []*netlab.Pod { return []*netlab.Pod{other} },
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

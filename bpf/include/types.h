@@ -113,6 +113,8 @@ struct endpoint {
 	__u32 mtu;
 	__u64 created_ns; /* CLOCK_REALTIME */
 	struct address addresses[16];
+	char cni_ifname
+		[16]; /* of the attachment; it may have further interfaces */
 	char network[128];
 	char netns[128];
 	char pod_uid[64];
