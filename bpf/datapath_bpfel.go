@@ -250,6 +250,7 @@ type DatapathGate struct {
 	Endpoint uint32
 	Mac      [6]uint8
 	Flags    uint16
+	Own      [2]DatapathAddress
 	Reserved uint64
 }
 

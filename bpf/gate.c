@@ -149,7 +149,7 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 valid)
 		j->action == ACTION_ALLOW ? VERDICT_ALLOWED : VERDICT_AUDITED;
 	if (j->reason == REASON_NODE && dir == DIRECTION_INGRESS)
 		f->flags |= FLOW_NODE;
-	if (dir == DIRECTION_EGRESS || is_own(gate->endpoint, &p->key.local))
+	if (dir == DIRECTION_EGRESS || is_own(gate, &p->key.local))
 		f->flags |= FLOW_VERIFIED;
 	/* Open since before podgate: there will be no handshake. */
 	if (p->key.protocol == IPPROTO_TCP && !tcp_opens(p->tcp_flags))

@@ -204,6 +204,22 @@ func (s *State) setSources(endpoint uint32, addrs []netip.Addr, present bool) er
 	return errors.Join(errs...)
 }
 
+// ownAddresses picks the addresses that an endpoint sends from most, one of each family;
+// the datapath looks for others in sources.
+func ownAddresses(addrs []netip.Addr) [2]bpf.DatapathAddress {
+	var picked [2]bpf.DatapathAddress
+	for _, a := range addrs {
+		family := 0
+		if a.Is6() && !a.Is4In6() {
+			family = 1
+		}
+		if picked[family] == (bpf.DatapathAddress{}) && !a.IsLinkLocalUnicast() {
+			picked[family] = wire(a)
+		}
+	}
+	return picked
+}
+
 // put writes an entry and says so when the map has no room.
 func put[K, V any](m *ebpf.Map, k *K, v *V) error {
 	err := m.Put(k, v)

@@ -125,6 +125,7 @@ func (s *State) openGate(sh *shared, e *Endpoint, pod bpf.DatapathPod, found boo
 		Ifindex:  uint32(e.HostIfindex), Endpoint: e.ID, Flags: e.flags(),
 	}
 	copy(g.Mac[:], e.MAC)
+	g.Own = ownAddresses(e.Addresses)
 	sh.publish(e.Gate, g)
 	sh.bumpEpoch()
 	return nil

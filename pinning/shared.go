@@ -133,7 +133,7 @@ func (sh *shared) slotFor(ifindex uint32) (slot uint32, taken bool, err error) {
 func (sh *shared) publish(slot uint32, g bpf.DatapathGate) {
 	to := &sh.gates[slot]
 	sh.enforce(slot, Enforcement{g.Rulesets.Ingress, g.Rulesets.Egress})
-	to.Endpoint, to.Mac, to.Flags, to.Reserved = g.Endpoint, g.Mac, g.Flags, 0
+	to.Endpoint, to.Mac, to.Flags, to.Own, to.Reserved = g.Endpoint, g.Mac, g.Flags, g.Own, 0
 	atomic.StoreUint32(&to.Ifindex, g.Ifindex)
 }
 
@@ -142,7 +142,7 @@ func (sh *shared) retract(slot uint32) {
 	g := &sh.gates[slot]
 	atomic.StoreUint32(&g.Ifindex, 0)
 	sh.enforce(slot, Enforcement{})
-	g.Endpoint, g.Mac, g.Flags = 0, [6]uint8{}, 0
+	g.Endpoint, g.Mac, g.Flags, g.Own = 0, [6]uint8{}, 0, [2]bpf.DatapathAddress{}
 }
 
 // bumpEpoch makes every flow be judged again at its next packet.

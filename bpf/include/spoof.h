@@ -38,11 +38,16 @@ static __always_inline bool mac_equal(const __u8 *a, const __u8 *b)
 		 (a[4] ^ b[4]) | (a[5] ^ b[5]));
 }
 
-/* Does the address belong to the endpoint? */
-static __always_inline bool is_own(__u32 endpoint, const struct address *a)
+/* Does the address belong to the endpoint? Most have one of each family. */
+static __always_inline bool is_own(const struct gate *gate,
+				   const struct address *a)
 {
-	struct source key = { .endpoint = endpoint };
+	struct source key = { .endpoint = gate->endpoint };
 
+	if (address_is_zero(a))
+		return false;
+	if (address_equal(a, &gate->own[0]) || address_equal(a, &gate->own[1]))
+		return true;
 	address_copy(&key.address, a);
 	return bpf_map_lookup_elem(&sources, &key) != NULL;
 }
@@ -87,7 +92,7 @@ __noinline int spoofs_arp(struct __sk_buff *skb, __u32 where)
 	if (v4 == 0)
 		return 0;
 	address_v4(&sender, v4);
-	return is_own(gate->endpoint, &sender) ? 0 : REASON_SPOOFED_NEIGHBOUR;
+	return is_own(gate, &sender) ? 0 : REASON_SPOOFED_NEIGHBOUR;
 }
 
 /* 0, or the reason to drop the ICMPv6 packet in scratch. */
@@ -104,8 +109,7 @@ __noinline int spoofs_nd(struct __sk_buff *skb, __u32 where)
 		return REASON_TABLE;
 	p = &s->packet;
 	at = p->l4 + 8;
-	if (!address_is_zero(&p->key.local) &&
-	    !is_own(gate->endpoint, &p->key.local))
+	if (!address_is_zero(&p->key.local) && !is_own(gate, &p->key.local))
 		return REASON_SPOOFED_ADDRESS;
 	switch (p->icmp_type) {
 	case ICMPV6_RA:
@@ -115,8 +119,7 @@ __noinline int spoofs_nd(struct __sk_buff *skb, __u32 where)
 	case ICMPV6_NA:
 		if (bpf_skb_load_bytes(skb, at, &target, sizeof(target)))
 			return REASON_MALFORMED;
-		if (p->icmp_type == ICMPV6_NA &&
-		    !is_own(gate->endpoint, &target))
+		if (p->icmp_type == ICMPV6_NA && !is_own(gate, &target))
 			return REASON_SPOOFED_NEIGHBOUR;
 		at += sizeof(target);
 		break;
@@ -164,7 +167,7 @@ static __always_inline bool spoofs(struct gate *gate, const struct packet *p,
 				   __u32 dir)
 {
 	return dir == DIRECTION_EGRESS && (gate->flags & GATE_ANTI_SPOOF) &&
-	       !is_own(gate->endpoint, &p->key.local) && !is_dhcp(p);
+	       !is_own(gate, &p->key.local) && !is_dhcp(p);
 }
 
 /* Source MAC of what leaves the pod, target MAC of what reaches it. */

@@ -90,6 +90,8 @@ struct gate {
 	__u32 endpoint; /* endpoint id, never reused */
 	__u8 mac[6];    /* of the pod's end */
 	__u16 flags;    /* enum gate_flags */
+	/* Two of its addresses, which are in sources too, or zero. */
+	struct address own[2];
 	__u64 reserved;
 };
 
