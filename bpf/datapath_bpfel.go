@@ -402,7 +402,11 @@ type DatapathScratch struct {
 		Action  uint8
 		Reason  uint8
 	}
-	Flow DatapathFlow
+	Flow    DatapathFlow
+	Tick    uint64
+	TickNs  uint64
+	Records uint32
+	_       [4]byte
 }
 
 type DatapathSource struct {

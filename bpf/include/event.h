@@ -10,6 +10,8 @@
 
 /* Bytes that may wait in the ring before its consumer is woken. */
 #define EVENTS_WAKE 65536
+/* A CPU looks whether to wake it at every so many records. */
+#define EVENTS_LOOK 32
 
 static __always_inline void count(struct __sk_buff *skb, __u32 slot, __u32 dir,
 				  bool allowed)
@@ -51,8 +53,24 @@ static __always_inline void count_drop(struct __sk_buff *skb, __u8 reason,
 }
 
 /*
- * Records what scratch holds. A forced wake-up costs fifty times the record itself, so the consumer polls
- * and is woken only when much has gathered.
+ * The time to within a tick of the kernel's timer: all drops that a CPU sees
+ * in one tick share the clock that the first of them paid for.
+ */
+static __always_inline __u64 tick_ns(struct scratch *s)
+{
+	__u64 now = bpf_jiffies64();
+
+	if (s->tick != now) {
+		s->tick = now;
+		s->tick_ns = bpf_ktime_get_ns();
+	}
+	return s->tick_ns;
+}
+
+/*
+ * Records what scratch holds. A forced wake-up costs fifty times the record
+ * itself, so the consumer polls and is woken only when much has gathered, and
+ * never for each record: it may be too slow for all of them.
  */
 __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
 {
@@ -75,7 +93,7 @@ __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
 			(*lost)++;
 		return 0;
 	}
-	e->time_ns = now_ns ? now_ns : bpf_ktime_get_ns();
+	e->time_ns = now_ns ? now_ns : tick_ns(s);
 	address_copy(&e->local, &p->key.local);
 	address_copy(&e->peer, &p->key.peer);
 	e->endpoint = p->key.endpoint;
@@ -99,7 +117,8 @@ __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
 	e->icmp_code = p->icmp_code;
 	e->reserved[0] = 0;
 	e->reserved[1] = 0;
-	if (bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_WAKE)
+	if (!(++s->records % EVENTS_LOOK) &&
+	    bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_WAKE)
 		flags = BPF_RB_FORCE_WAKEUP;
 	bpf_ringbuf_submit(e, flags);
 	return 0;

@@ -87,7 +87,7 @@ struct judgement {
  * The packet at hand, once it left the fast path. Functions below the hooks
  * are global, so that each is verified once and not for every path to it; the
  * oldest kernel lets such functions take scalars only, so the rest waits here.
- * Nothing outlives the packet.
+ * But for the last group, nothing outlives the packet.
  */
 struct scratch {
 	struct packet packet;
@@ -95,6 +95,10 @@ struct scratch {
 	struct judgement judgement;
 	struct flow
 		flow; /* to be entered: the stack is 512 bytes for all frames */
+
+	__u64 tick; /* jiffies when this CPU last asked a clock for a drop */
+	__u64 tick_ns;
+	__u32 records; /* this CPU put into the ring */
 };
 
 struct {
