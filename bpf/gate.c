@@ -258,7 +258,7 @@ static __always_inline int track(struct __sk_buff *skb, struct gate *gate,
 			s = scratch_get();
 			if (!s)
 				return TC_ACT_SHOT;
-			s->packet = *p;
+			packet_keep(&s->packet, p);
 		}
 		action = decide(skb, where, f != NULL);
 	}
@@ -339,8 +339,8 @@ __noinline int no_gate(struct __sk_buff *skb, __u32 dir)
 
 static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
 {
-	struct packet p = {};
 	struct gate *gate;
+	struct packet p;
 	__u32 slot, where;
 	__u8 reason;
 
@@ -351,9 +351,8 @@ static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
 	reason = check_mac(skb, gate, dir);
 	if (reason)
 		return wrong_mac(skb, where, reason);
-	if (!parse_fast(skb, dir, &p))
+	if (!parse_fast(skb, dir, gate->endpoint, &p))
 		return slow_path(skb, where);
-	p.key.endpoint = gate->endpoint;
 	return track(skb, gate, &p, where, false);
 }
 

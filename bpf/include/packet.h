@@ -167,6 +167,20 @@ static __always_inline void packet_addresses(struct packet *p, __u32 dir,
 	address_copy(&p->key.peer, egress ? destination : source);
 }
 
+/*
+ * The words of a key beside its addresses, in whole stores: the CPU forwards
+ * no load that spans several smaller ones, and hashes read words.
+ */
+static __always_inline void key_words(struct flow_key *key, __u32 endpoint,
+				      __u16 local_port, __u16 peer_port,
+				      __u8 protocol)
+{
+	__u64 *w = (__u64 *)key;
+
+	w[0] = endpoint | (__u64)local_port << 32 | (__u64)peer_port << 48;
+	w[5] = protocol;
+}
+
 static __always_inline void packet_ports(struct packet *p, __u32 dir,
 					 __u16 source, __u16 destination)
 {
@@ -177,15 +191,18 @@ static __always_inline void packet_ports(struct packet *p, __u32 dir,
 }
 
 /*
- * Reads the common shapes without a copy. Returns false for every other
- * shape; *p is then undefined.
+ * Reads the common shapes without a copy: key, ethertype and TCP flags; the
+ * rest of *p is undefined. Returns false for every other shape.
  */
 static __always_inline bool parse_fast(struct __sk_buff *skb, __u32 dir,
-				       struct packet *p)
+				       __u32 endpoint, struct packet *p)
 {
 	void *data = (void *)(long)skb->data;
 	void *end = (void *)(long)skb->data_end;
+	bool egress = dir == DIRECTION_EGRESS;
 	struct ethhdr *eth = data;
+	__u16 source_port, destination_port;
+	__u8 protocol;
 	__u8 *l4;
 
 	if (data + ETH_HLEN + sizeof(struct iphdr) + 8 > end)
@@ -203,8 +220,7 @@ static __always_inline bool parse_fast(struct __sk_buff *skb, __u32 dir,
 		address_v4(&source, ip->saddr);
 		address_v4(&destination, ip->daddr);
 		packet_addresses(p, dir, &source, &destination);
-		p->key.protocol = ip->protocol;
-		p->l4 = ETH_HLEN + sizeof(*ip);
+		protocol = ip->protocol;
 		l4 = (void *)(ip + 1);
 		if (ip->protocol == IPPROTO_TCP &&
 		    bpf_ntohs(ip->tot_len) < sizeof(*ip) + 20)
@@ -227,8 +243,7 @@ static __always_inline bool parse_fast(struct __sk_buff *skb, __u32 dir,
 		packet_addresses(p, dir, source, destination);
 		if (address_is_v4(&p->key.local) || address_is_v4(&p->key.peer))
 			return false;
-		p->key.protocol = ip->nexthdr;
-		p->l4 = ETH_HLEN + sizeof(*ip);
+		protocol = ip->nexthdr;
 		l4 = (void *)(ip + 1);
 		if (ip->nexthdr == IPPROTO_TCP &&
 		    bpf_ntohs(ip->payload_len) < 20)
@@ -237,23 +252,34 @@ static __always_inline bool parse_fast(struct __sk_buff *skb, __u32 dir,
 		return false;
 	}
 
-	if (p->key.protocol == IPPROTO_TCP) {
+	if (protocol == IPPROTO_TCP) {
 		if (l4 + 20 > (__u8 *)end)
 			return false;
 		p->tcp_flags = l4[13];
-	} else if (p->key.protocol == IPPROTO_UDP) {
+	} else if (protocol == IPPROTO_UDP) {
 		p->tcp_flags = 0;
 	} else {
 		return false;
 	}
-	packet_ports(p, dir, bpf_ntohs(*(__be16 *)l4),
-		     bpf_ntohs(*(__be16 *)(l4 + 2)));
+	source_port = bpf_ntohs(*(__be16 *)l4);
+	destination_port = bpf_ntohs(*(__be16 *)(l4 + 2));
+	key_words(&p->key, endpoint, egress ? source_port : destination_port,
+		  egress ? destination_port : source_port, protocol);
 	p->ethertype = bpf_ntohs(eth->h_proto);
-	p->shape = SHAPE_FLOW;
-	p->first_fragment = 0;
-	p->icmp_type = 0;
-	p->icmp_code = 0;
 	return true;
+}
+
+/* Puts what parse_fast has read where functions that judge it look. */
+static __always_inline void packet_keep(struct packet *to,
+					const struct packet *p)
+{
+	to->key = p->key;
+	to->ethertype = p->ethertype;
+	to->shape = SHAPE_FLOW;
+	to->tcp_flags = p->tcp_flags;
+	to->icmp_type = 0;
+	to->icmp_code = 0;
+	to->first_fragment = 0;
 }
 
 static __always_inline int bad(struct packet *p, __u8 reason)
