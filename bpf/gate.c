@@ -7,6 +7,7 @@
  * pod sends (tc ingress hook), to_pod what it receives (tc egress hook). An
  * allowed packet goes on to the programs of others (TC_ACT_UNSPEC, TCX_NEXT).
  */
+#include <linux/errno.h>
 #include <linux/pkt_cls.h>
 
 #include "include/verdict.h"
@@ -117,8 +118,12 @@ static __always_inline int pass(struct __sk_buff *skb, __u8 tcp_flags,
 	return TC_ACT_UNSPEC;
 }
 
-/* Enters the flow of the first packet, in scratch, which was allowed. */
-__noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 valid)
+/*
+ * Enters the flow of the first packet, in scratch, which was allowed. With
+ * BPF_NOEXIST the result is CONTINUE when there is one.
+ */
+__noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
+			 __u32 epoch, __u64 flags)
 {
 	struct scratch *s = scratch_get();
 	struct gate *gate = gate_at(where);
@@ -127,6 +132,7 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 valid)
 	struct packet *p;
 	struct flow *f;
 	__u64 now_ns;
+	int err;
 
 	if (!s || !gate)
 		return TC_ACT_SHOT;
@@ -135,8 +141,8 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 valid)
 	f = &s->flow;
 	__builtin_memset(f, 0, sizeof(*f));
 	now_ns = bpf_ktime_get_ns();
-	f->valid = valid;
 	f->identity = flow_identity(&p->key);
+	f->valid = flow_valid(f->identity, rulesets, epoch);
 	f->created_ns = now_ns;
 	f->rule = j->rule;
 	f->ruleset = j->ruleset;
@@ -159,7 +165,10 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 valid)
 	f->packets[dir] = 1;
 	f->bytes[dir] = skb->len;
 	flow_touch(f, bpf_jiffies64());
-	if (bpf_map_update_elem(&flows, &p->key, f, BPF_ANY))
+	err = bpf_map_update_elem(&flows, &p->key, f, flags);
+	if (err == -EEXIST)
+		return CONTINUE;
+	if (err)
 		return refuse_for(skb, REASON_TABLE, where);
 	emit(skb, f->verdict == VERDICT_ALLOWED ? EVENT_FLOW : EVENT_AUDIT, dir,
 	     now_ns);
@@ -181,19 +190,30 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 	__u32 epoch = current_epoch();
 	__u32 dir = WHERE_DIR(where);
 	struct flow *f = NULL;
-	__u64 rulesets, valid;
+	__u64 rulesets;
 	struct judgement *j;
 	bool alive = false;
 	struct packet *p;
+	int action;
 
 	if (!s || !gate)
 		return TC_ACT_SHOT;
 	p = &s->packet;
 	j = &s->judgement;
 	rulesets = gate_rulesets(gate);
-	valid = flow_valid(flow_identity(&p->key), rulesets, epoch);
 	if (spoofs(gate, p, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
+	if (tcp_opens(p->tcp_flags)) {
+		/* No flow lets in a SYN that would not get in by itself. */
+		judge(ruleset_of(rulesets, dir),
+		      HOW(dir, from_node(skb, dir), false, 0));
+		if (j->action == ACTION_DENY && !(gate->flags & GATE_AUDIT))
+			return refuse(skb, where);
+		action = open_flow(skb, where, rulesets, epoch, BPF_NOEXIST);
+		if (action != CONTINUE)
+			return action;
+		known = true;
+	}
 	if (known)
 		f = bpf_map_lookup_elem(&flows, &p->key);
 	if (f)
@@ -214,7 +234,7 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 			f->reason = j->reason;
 			if (j->owner)
 				f->owner = j->owner;
-			f->valid = valid;
+			f->valid = flow_valid(f->identity, rulesets, epoch);
 			return pass(skb, p->tcp_flags, f, where);
 		}
 		/* The flow was a former owner's of the peer address. */
@@ -231,7 +251,7 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 		count(skb, WHERE_SLOT(where), dir, true);
 		return TC_ACT_UNSPEC;
 	}
-	return open_flow(skb, where, valid);
+	return open_flow(skb, where, rulesets, epoch, BPF_ANY);
 }
 
 /*
@@ -241,16 +261,18 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 static __always_inline int track(struct __sk_buff *skb, struct gate *gate,
 				 struct packet *p, __u32 where, bool in_scratch)
 {
-	struct flow *f = bpf_map_lookup_elem(&flows, &p->key);
+	bool opens = tcp_opens(p->tcp_flags);
 	__u32 dir = WHERE_DIR(where);
+	struct flow *f = NULL;
 	struct scratch *s;
 	int action;
 
+	if (!opens)
+		f = bpf_map_lookup_elem(&flows, &p->key);
 	if (f &&
 	    f->valid == flow_valid(flow_identity(&p->key), gate_rulesets(gate),
 				   current_epoch()) &&
 	    !flow_expired(f, bpf_jiffies64()) &&
-	    (dir == f->direction || !tcp_opens(p->tcp_flags)) &&
 	    (dir == DIRECTION_INGRESS || (f->flags & FLOW_VERIFIED))) {
 		action = pass(skb, p->tcp_flags, f, where);
 	} else {
