@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -80,19 +81,24 @@ func (s *State) filter(ifindex, direction int, fd int) *netlink.BpfFilter {
 }
 
 func (s *State) attachClsact(ifindex int) error {
+	if err := addClsact(ifindex); err != nil {
+		return err
+	}
+	return s.replaceFilters(ifindex)
+}
+
+func addClsact(ifindex int) error {
 	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
 		LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
 	}}
 	if err := netlink.QdiscAdd(qdisc); errors.Is(err, unix.EEXIST) {
-		if err := hasClsact(ifindex); err != nil {
-			return err
-		}
+		return hasClsact(ifindex)
 	} else if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("%w: the kernel has no clsact: %w", ErrNoHook, err)
 	} else if err != nil {
 		return fmt.Errorf("add clsact to interface %d: %w", ifindex, err)
 	}
-	return s.replaceFilters(ifindex)
+	return nil
 }
 
 // replaceFilters adds our filters or swaps the programs of those that are
@@ -106,6 +112,41 @@ func (s *State) replaceFilters(ifindex int) error {
 		if err := netlink.FilterReplace(s.filter(ifindex, direction, p.FD())); err != nil {
 			return fmt.Errorf("attach %s to interface %d: %w", name, ifindex, err)
 		}
+	}
+	return nil
+}
+
+// leadFilters puts our filters in front of others of the same priority. The
+// kernel runs the one that was added last first and leaves a replaced one in
+// its place, so that ours are added anew, behind stand-ins that keep the hook
+// meanwhile.
+func (s *State) leadFilters(ifindex int) error {
+	for direction, name := range programNames() {
+		p, err := s.program(name)
+		if err != nil {
+			return err
+		}
+		ours, standIn := s.filter(ifindex, direction, p.FD()), s.filter(ifindex, direction, p.FD())
+		standIn.Handle++
+		for _, step := range []func() error{
+			func() error { return deleteFilter(standIn) }, // of a process that died
+			func() error { return netlink.FilterAdd(standIn) },
+			func() error { return deleteFilter(ours) },
+			func() error { return netlink.FilterAdd(ours) },
+			func() error { return deleteFilter(standIn) },
+		} {
+			if err := step(); err != nil {
+				return fmt.Errorf("attach %s to interface %d: %w", name, ifindex, err)
+			}
+		}
+	}
+	return nil
+}
+
+// deleteFilter removes a filter, if it is there.
+func deleteFilter(f netlink.Filter) error {
+	if err := netlink.FilterDel(f); err != nil && !isGone(err) {
+		return err
 	}
 	return nil
 }
@@ -128,8 +169,7 @@ func hasClsact(ifindex int) error {
 func (s *State) detachClsact(ifindex int) error {
 	var errs []error
 	for direction, name := range programNames() {
-		err := netlink.FilterDel(s.filter(ifindex, direction, -1))
-		if err != nil && !isGone(err) {
+		if err := deleteFilter(s.filter(ifindex, direction, -1)); err != nil {
 			errs = append(errs, fmt.Errorf("detach %s from interface %d: %w", name, ifindex, err))
 		}
 	}
@@ -155,9 +195,13 @@ func (s *State) attachTCXHook(endpoint uint32, ifindex, direction int, name stri
 	if err != nil {
 		return err
 	}
-	l, err := link.AttachTCX(link.TCXOptions{
-		Interface: ifindex, Program: p, Attach: hooks()[direction].tcx, Anchor: link.Head(),
-	})
+	o := link.TCXOptions{Interface: ifindex, Program: p, Attach: hooks()[direction].tcx, Anchor: link.Head()}
+	l, err := link.AttachTCX(o)
+	for deadline := time.Now().Add(strayTime); errors.Is(err, unix.EEXIST) && time.Now().Before(deadline); l, err = link.AttachTCX(o) {
+		if err := detachStray(o); err != nil {
+			return fmt.Errorf("attach %s to interface %d: %w", name, ifindex, err)
+		}
+	}
 	if errors.Is(err, ebpf.ErrNotSupported) {
 		return fmt.Errorf("%w: the kernel has no tcx (it came with 6.6): %w", ErrNoHook, err)
 	}
@@ -171,6 +215,42 @@ func (s *State) attachTCXHook(endpoint uint32, ifindex, direction int, name stri
 	}
 	if err := l.Pin(path); err != nil {
 		return fmt.Errorf("pin link %s: %w", path, err)
+	}
+	return nil
+}
+
+// strayTime bounds the wait for the kernel to detach links without references.
+const strayTime = time.Second
+
+// detachStray detaches links of the program that have lost their pins. One that
+// has no references either is gone some milliseconds later: the kernel leaves
+// that to a worker.
+func detachStray(o link.TCXOptions) error {
+	info, err := o.Program.Info()
+	if err != nil {
+		return fmt.Errorf("info: %w", err)
+	}
+	id, _ := info.ID()
+	attached, err := link.QueryPrograms(link.QueryOptions{Target: o.Interface, Attach: o.Attach})
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	for _, a := range attached.Programs {
+		linkID, ok := a.LinkID()
+		if !ok || a.ID != id {
+			continue
+		}
+		l, err := link.NewFromID(linkID)
+		if errors.Is(err, fs.ErrNotExist) {
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("open link: %w", err)
+		}
+		if err := errors.Join(l.Detach(), l.Close()); err != nil {
+			return fmt.Errorf("detach link: %w", err)
+		}
 	}
 	return nil
 }

@@ -4,6 +4,7 @@
 package pinning
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -100,8 +101,10 @@ func (s *State) reattach(e *Endpoint) error {
 			return err
 		}
 	}
-	// To be first again, behind nobody, the filter has to be added anew.
-	err := s.attachClsact(e.HostIfindex)
+	err := addClsact(e.HostIfindex)
+	if err == nil {
+		return s.leadFilters(e.HostIfindex)
+	}
 	if !errors.Is(err, ErrNoHook) {
 		return err
 	}
@@ -261,8 +264,8 @@ func (s *State) Upgrade(ctx context.Context) (bool, error) {
 	return upgraded, err
 }
 
-// sameProgram compares tags: the kernel's digest of a program's instructions
-// without what differs from load to load.
+// sameProgram compares tags, the kernel's digest of a program's instructions
+// without what differs from load to load, and the constants they refer to.
 func sameProgram(a, b *ebpf.Program) (bool, error) {
 	x, err := a.Info()
 	if err != nil {
@@ -272,7 +275,39 @@ func sameProgram(a, b *ebpf.Program) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("info of %s: %w", b, err)
 	}
-	return x.Tag == y.Tag, nil
+	if x.Tag != y.Tag {
+		return false, nil
+	}
+	former, err := constants(x)
+	if err != nil {
+		return false, fmt.Errorf("constants of %s: %w", a, err)
+	}
+	next, err := constants(y)
+	if err != nil {
+		return false, fmt.Errorf("constants of %s: %w", b, err)
+	}
+	return bytes.Equal(former, next), nil
+}
+
+// constants is the read-only data of a loaded program.
+func constants(p *ebpf.ProgramInfo) ([]byte, error) {
+	ids, _ := p.MapIDs()
+	for _, id := range ids {
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return nil, err
+		}
+		info, err := m.Info()
+		if err != nil || info.Name != ".rodata" {
+			if err := errors.Join(err, m.Close()); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		value, err := m.LookupBytes(uint32(0))
+		return value, errors.Join(err, m.Close())
+	}
+	return nil, nil
 }
 
 func (s *State) pinnedMaps() map[string]*ebpf.Map {
