@@ -4,6 +4,10 @@ go 1.26.0
 
 replace github.com/podgate/podgate => ../..
 
+// Podgate is to be tested with the netlink that it is built with, not with the
+// unreleased one that kube-network-policies asks for.
+exclude github.com/vishvananda/netlink v1.3.2-0.20251022194116-03b8f90390d9
+
 require (
 	github.com/mattfenwick/cyclonus v0.5.6
 	github.com/podgate/podgate v0.0.0-00010101000000-000000000000
@@ -14,8 +18,10 @@ require (
 )
 
 require (
+	github.com/cilium/ebpf v0.22.0 // indirect
 	github.com/davecgh/go-spew v1.1.2-0.20180830191138-d8f796af33cc // indirect
 	github.com/emicklei/go-restful/v3 v3.13.0 // indirect
+	github.com/fsnotify/fsnotify v1.10.1 // indirect
 	github.com/fxamacker/cbor/v2 v2.9.1 // indirect
 	github.com/go-logr/logr v1.4.3 // indirect
 	github.com/go-openapi/jsonpointer v1.0.0 // indirect
@@ -53,6 +59,8 @@ require (
 	github.com/pmezard/go-difflib v1.0.1-0.20181226105442-5d4384ee4fb2 // indirect
 	github.com/sirupsen/logrus v1.9.4 // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
+	github.com/vishvananda/netlink v1.3.1 // indirect
+	github.com/vishvananda/netns v0.0.5 // indirect
 	github.com/x448/float16 v0.8.4 // indirect
 	go.yaml.in/yaml/v2 v2.4.4 // indirect
 	go.yaml.in/yaml/v3 v3.0.5 // indirect

@@ -15,7 +15,7 @@ import (
 
 var (
 	seed = flag.Uint64("seed", 0, "seed of the first random case; 0 takes a new one")
-	n    = flag.Int("n", 300, "random cases")
+	runs = flag.Int("cases", 300, "random cases")
 )
 
 // questionsPerStep is how many questions a step of a random case is asked.
@@ -48,12 +48,12 @@ func TestRandom(t *testing.T) {
 	if first == 0 {
 		first = rand.Uint64()
 	}
-	t.Logf("to see this again: -seed %d -n %d", first, *n)
-	for i := range *n {
+	t.Logf("to see this again: -args -seed %d -cases %d", first, *runs)
+	for i := range *runs {
 		r := rand.New(rand.NewPCG(first+uint64(i), 0))
 		compare(t, cases.Random(r), func(c cases.Cluster) iter.Seq[cases.Question] { return c.Sample(r, questionsPerStep) })
 		if t.Failed() {
-			t.Fatalf("case of -seed %d -n 1", first+uint64(i))
+			t.Fatalf("case of -args -seed %d -cases 1", first+uint64(i))
 		}
 	}
 }
