@@ -58,7 +58,6 @@ func run(ctx context.Context, bin string) (err error) {
 	}
 	s := &story{
 		style:   newStyle(os.Stdout),
-		out:     os.Stdout,
 		lab:     l,
 		podgate: &command{lab: l, binary: filepath.Join(bin, "podgate")},
 	}

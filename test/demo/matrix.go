@@ -5,7 +5,6 @@ package main
 
 import (
 	"fmt"
-	"io"
 	"maps"
 	"net/netip"
 	"slices"
@@ -68,7 +67,7 @@ func (f families) String() string {
 const cellWidth = 8
 
 // print draws two matrices side by side, for every port one pair.
-func (s style) print(w io.Writer, names []string, left, right string, a, b matrix) {
+func (s style) print(names []string, left, right string, a, b matrix) {
 	corner := "from \\ to"
 	label := len(corner)
 	for _, n := range names {
@@ -81,12 +80,12 @@ func (s style) print(w io.Writer, names []string, left, right string, a, b matri
 	}
 	for _, port := range ports {
 		title := strings.ToUpper(port.String()) + ", " + left
-		fmt.Fprintf(w, "  %s  %s\n", s.bold(fmt.Sprintf("%-*s", grid, title)), s.bold(right))
-		fmt.Fprintf(w, "  %s\n", s.dim(fmt.Sprintf("%-*s  %s  %s", label, corner, columns, columns)))
+		fmt.Printf("  %s  %s\n", s.bold(fmt.Sprintf("%-*s", grid, title)), s.bold(right))
+		fmt.Printf("  %s\n", s.dim(fmt.Sprintf("%-*s  %s  %s", label, corner, columns, columns)))
 		for _, from := range names {
-			fmt.Fprintf(w, "  %-*s  %s  %s\n", label, from, s.row(from, names, port, a), s.row(from, names, port, b))
+			fmt.Printf("  %-*s  %s  %s\n", label, from, s.row(from, names, port, a), s.row(from, names, port, b))
 		}
-		fmt.Fprintln(w)
+		fmt.Println()
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"strings"
 	"time"
@@ -16,7 +15,6 @@ import (
 // story is what the demo tells, chapter by chapter.
 type story struct {
 	style
-	out     io.Writer
 	lab     *lab
 	podgate *command
 	number  int
@@ -26,18 +24,18 @@ type story struct {
 
 func (s *story) chapter(title string) {
 	s.number++
-	fmt.Fprintf(s.out, "\n%s\n", s.bold(fmt.Sprintf("── %d. %s ", s.number, title)+
+	fmt.Printf("\n%s\n", s.bold(fmt.Sprintf("── %d. %s ", s.number, title)+
 		strings.Repeat("─", max(0, 88-len(title)))))
 }
 
 func (s *story) say(format string, args ...any) {
-	fmt.Fprintf(s.out, "  "+format+"\n", args...)
+	fmt.Printf("  "+format+"\n", args...)
 }
 
 // quote prints text of others, indented.
 func (s *story) quote(text string) {
 	for line := range strings.Lines(text) {
-		fmt.Fprintf(s.out, "    %s\n", s.dim(strings.TrimRight(line, "\n")))
+		fmt.Printf("    %s\n", s.dim(strings.TrimRight(line, "\n")))
 	}
 }
 
@@ -78,7 +76,7 @@ func (s *story) pods(ctx context.Context) error {
 	}
 	s.say("The node is a network namespace. podgate sync reads a policy directory, without any policy yet.")
 	s.say("The pods come through libcni: bridge and host-local, then podgate-cni.")
-	fmt.Fprintln(s.out)
+	fmt.Println()
 	for _, p := range [][2]string{{"shop", "web"}, {"shop", "api"}, {"shop", "db"}, {"ops", "probe"}, {"guest", "visitor"}} {
 		began := time.Now()
 		pod, err := s.lab.add(ctx, p[0], p[1])
@@ -117,7 +115,7 @@ func (s *story) compare(ctx context.Context) error {
 	for _, p := range s.lab.pods {
 		names = append(names, p.Name)
 	}
-	s.print(s.out, names, "tried with real connections", "as podgate matrix says", s.last, said)
+	s.print(names, "tried with real connections", "as podgate matrix says", s.last, said)
 	if d := s.last.differences(said); len(d) > 0 {
 		return fmt.Errorf("connections and podgate matrix differ:\n%s", strings.Join(d, "\n"))
 	}
@@ -148,7 +146,7 @@ func (s *story) policy(ctx context.Context) error {
 		return err
 	}
 	s.quote(text)
-	fmt.Fprintln(s.out)
+	fmt.Println()
 	s.say("In force %d ms after the file was written.", time.Since(since).Milliseconds())
 	err = errors.Join(
 		s.expect("open connection of api to db:", echo(fromAPI) == nil, true),
@@ -156,7 +154,7 @@ func (s *story) policy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	fmt.Fprintln(s.out)
+	fmt.Println()
 	return s.compare(ctx)
 }
 
@@ -198,7 +196,7 @@ func (s *story) ask(ctx context.Context, question ...string) error {
 	}
 	s.say("# podgate %s", strings.Join(question, " "))
 	s.quote(answer)
-	fmt.Fprintln(s.out)
+	fmt.Println()
 	return nil
 }
 
@@ -214,7 +212,7 @@ func (s *story) alone(ctx context.Context) error {
 		return fmt.Errorf("enforcement changed with the daemon's death:\n%s", strings.Join(d, "\n"))
 	}
 	s.say("All %d cells are what they were.", len(s.last))
-	fmt.Fprintln(s.out)
+	fmt.Println()
 
 	s.say("A pod that the daemon had heard of starts now. ADD finds its policy in the kernel:")
 	if _, err := s.lab.add(ctx, "shop", "api-2"); err != nil {
