@@ -53,7 +53,8 @@ type Options struct {
 	Logger  *slog.Logger
 
 	// Grace is how long what an update replaced is kept, for packets under way
-	// and for updates that follow at once; default 1 s.
+	// and for updates that follow at once, and the least time between two
+	// repairs; default 1 s.
 	Grace time.Duration
 	// Retry is how long after a failure everything is applied again, at first;
 	// it doubles up to Repair. Default 1 s.
@@ -77,6 +78,8 @@ type Daemon struct {
 	listed    bool
 	// nodeAddrs are to be set if there are any.
 	nodeAddrs []netip.Addr
+	// repaired is when the last repair ended.
+	repaired time.Time
 	// stale says that the state may miss something the compiler told before.
 	stale bool
 	retry time.Duration
@@ -187,6 +190,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 		ready   bool
 		compact <-chan time.Time
 		retry   <-chan time.Time
+		mend    <-chan time.Time
 	)
 	repair := time.NewTicker(d.opts.Repair)
 	defer repair.Stop()
@@ -201,6 +205,13 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			if !ok {
 				changes = nil
 			}
+			// Perhaps a hook was lost; more likely a pod came or went. Repair
+			// looks at every endpoint under the lock that ADD needs.
+			if mend == nil {
+				mend = time.After(time.Until(d.repaired.Add(d.opts.Grace)))
+			}
+		case <-mend:
+			mend = nil
 			d.repair(ctx)
 		case d.nodeAddrs = <-addrs:
 			d.log.Info("addresses of the node", "addresses", d.nodeAddrs)
@@ -214,16 +225,19 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			d.repair(ctx)
 		case <-retry:
 		case <-compact:
-			d.apply(ctx, d.compiler.Compact())
+			compact = nil
+			if !d.stale {
+				d.apply(ctx, d.compiler.Compact())
+			}
 		}
-		retry, compact = nil, nil
 		if ready {
 			d.refresh(ctx)
-			switch {
-			case d.stale:
+			retry = nil
+			if d.stale {
 				retry = time.After(d.retry)
 				d.retry = min(2*d.retry, d.opts.Repair)
-			case d.compiler.Pending():
+			}
+			if compact == nil && d.compiler.Pending() {
 				compact = time.After(d.opts.Grace)
 			}
 		}
@@ -378,6 +392,7 @@ func (d *Daemon) repair(ctx context.Context) {
 	if d.nodeAddrs != nil {
 		d.setNodeAddresses(ctx)
 	}
+	d.repaired = time.Now()
 	d.opts.Metrics.repaired(len(repaired))
 	d.problems.set("repair", "attachments", err)
 }

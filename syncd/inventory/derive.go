@@ -142,38 +142,49 @@ func nameOf(ep *pinning.Endpoint) string { return cmp.Or(ep.PodName, ep.Key.Cont
 // local pods the one attached last has it, and a status elsewhere that still
 // names it is only old. Of pods elsewhere the compiler chooses.
 func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint) {
+	claims := make(map[netip.Addr]policy.PodKey, len(d.pods))
+	contested := make(map[netip.Addr][]policy.PodKey)
+	for key, pod := range d.pods {
+		if pod.HostNetwork {
+			continue
+		}
+		for _, a := range pod.Addresses {
+			if first, taken := claims[a]; !taken {
+				claims[a] = key
+			} else if contested[a] == nil {
+				contested[a] = []policy.PodKey{first, key}
+			} else {
+				contested[a] = append(contested[a], key)
+			}
+		}
+	}
 	latest := func(key policy.PodKey) uint32 {
 		if eps := attached[key]; len(eps) > 0 {
 			return eps[len(eps)-1].ID
 		}
 		return 0
 	}
-	order := slices.SortedFunc(maps.Keys(d.pods), func(a, b policy.PodKey) int {
-		p, q := d.pods[a], d.pods[b]
-		return cmp.Or(cmp.Compare(latest(b), latest(a)),
-			cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name, q.Name), cmp.Compare(a, b))
-	})
-	owner := make(map[netip.Addr]policy.PodKey)
-	for _, key := range order {
-		pod := d.pods[key]
-		if pod.HostNetwork {
-			continue
-		}
-		pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), func(a netip.Addr) bool {
-			first, taken := owner[a]
-			if !taken {
-				owner[a] = key
-				return false
-			}
-			local := latest(first) > 0
-			if local == (latest(key) > 0) && !pod.Terminating && !d.pods[first].Terminating {
+	for _, a := range slices.SortedFunc(maps.Keys(contested), netip.Addr.Compare) {
+		rivals := contested[a]
+		slices.SortFunc(rivals, func(x, y policy.PodKey) int {
+			p, q := d.pods[x], d.pods[y]
+			return cmp.Or(cmp.Compare(latest(y), latest(x)),
+				cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name, q.Name), cmp.Compare(x, y))
+		})
+		first := d.pods[rivals[0]]
+		local := latest(rivals[0]) > 0
+		for _, key := range rivals[1:] {
+			pod := d.pods[key]
+			if local == (latest(key) > 0) && !pod.Terminating && !first.Terminating {
 				d.problems = append(d.problems, source.Problem{
 					Subject: podName(pod),
-					Reason:  fmt.Sprintf("its address %v is also that of %s", a, podName(d.pods[first])),
+					Reason:  fmt.Sprintf("its address %v is also that of %s", a, podName(first)),
 				})
 			}
-			return local
-		})
-		d.pods[key] = pod
+			if local {
+				pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), func(b netip.Addr) bool { return a == b })
+				d.pods[key] = pod
+			}
+		}
 	}
 }
