@@ -12,10 +12,11 @@ import (
 // style colours text for a terminal.
 type style struct{ colour bool }
 
-// newStyle is plain when f is no terminal or NO_COLOR is set
+// newStyle is plain when f is no terminal or the environment says so
 // (https://no-color.org).
 func newStyle(f *os.File) style {
-	return style{colour: term.IsTerminal(int(f.Fd())) && os.Getenv("NO_COLOR") == ""}
+	const off = "NO_COLOR" //nolint:misspell // its name
+	return style{colour: term.IsTerminal(int(f.Fd())) && os.Getenv(off) == ""}
 }
 
 func (s style) bold(text string) string   { return s.sgr("1", text) }
