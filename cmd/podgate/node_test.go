@@ -306,6 +306,13 @@ func testExplain(t *testing.T, l *lab) {
 			}
 		}
 	}
+	// Without the daemon's status nobody knows where the manifests are.
+	var alone explanation
+	l.json(0, &alone, "explain", "--from", "shop/other", "--to", "shop/web", "--port", "80/TCP", "--run-dir", t.TempDir())
+	if alone.Verdict != "deny" || len(alone.Caveats) != 1 || !strings.HasPrefix(alone.Caveats[0], "only the kernel answered") {
+		t.Errorf("without manifests: %+v", alone)
+	}
+
 	var m matrixReport
 	l.json(0, &m, "matrix", "--ports", "TCP/80,UDP/53", "--address", "203.0.113.1")
 	verdicts := make(map[string]string)
