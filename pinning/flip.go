@@ -10,7 +10,6 @@ import (
 	"net/netip"
 
 	"github.com/cilium/ebpf"
-	"github.com/vishvananda/netlink"
 
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/policy"
@@ -265,40 +264,3 @@ func (s *State) setNode(a netip.Addr) error {
 	p.Tag = tag(w)
 	return put(peers, &w, &p)
 }
-
-// learnNodeAddresses adds those of this node that are not known yet: the main
-// plugin may have given its bridge one a moment ago. Only the daemon removes
-// addresses, and only it knows which are service addresses.
-func (s *State) learnNodeAddresses() error {
-	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-	if err != nil {
-		return fmt.Errorf("list the node's addresses: %w", err)
-	}
-	peers, err := s.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
-	service, err := netlink.LinkByName(ipvsInterface)
-	if err != nil && !isNoLink(err) {
-		return fmt.Errorf("look for %s: %w", ipvsInterface, err)
-	}
-	for _, addr := range addrs {
-		a, ok := netip.AddrFromSlice(addr.IP)
-		if !ok || a.IsLoopback() || service != nil && addr.LinkIndex == service.Attrs().Index {
-			continue
-		}
-		a = a.Unmap()
-		w := wire(a)
-		var p bpf.DatapathPeer
-		if err := peers.Lookup(&w, &p); err == nil && p.Class&peerNode != 0 {
-			continue
-		}
-		if err := s.setNode(a); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// ipvsInterface holds the addresses of Services, which are not the node.
-const ipvsInterface = "kube-ipvs0"

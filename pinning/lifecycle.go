@@ -96,7 +96,7 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	if err := s.classify(e.Pod, published.Class, e.Addresses); err != nil {
 		return e, err
 	}
-	if err := s.learnNodeAddresses(); err != nil {
+	if err := s.learnNodeAddresses(e.HostIfindex); err != nil {
 		return e, err
 	}
 	return e, s.openGate(sh, &e, published, found)
