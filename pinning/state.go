@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/rlimit"
 	"golang.org/x/sys/unix"
 
 	"github.com/podgate/podgate/bpf"
@@ -194,8 +193,8 @@ func (s *State) install(c Capacity) error {
 
 // load verifies the programs. pinned maps, if any, take the place of new ones.
 func load(c Capacity, pinned map[string]*ebpf.Map) (*ebpf.Collection, error) {
-	if err := rlimit.RemoveMemlock(); err != nil {
-		return nil, fmt.Errorf("raise the memory lock limit: %w", err)
+	if err := unlockMemory(); err != nil {
+		return nil, err
 	}
 	spec, err := bpf.LoadDatapath()
 	if err != nil {
@@ -217,6 +216,18 @@ func load(c Capacity, pinned map[string]*ebpf.Map) (*ebpf.Collection, error) {
 		return nil, fmt.Errorf("load programs: %w", err)
 	}
 	return coll, nil
+}
+
+// unlockMemory lifts the limit that kernels before 5.11 hold maps to. Package
+// rlimit of cilium/ebpf would do it where needed only, but finds that out
+// whenever a process that links it starts: a tenth of an ADD.
+func unlockMemory() error {
+	unlimited := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+	err := unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unlimited)
+	if err != nil && !errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("raise the memory lock limit: %w", err)
+	}
+	return nil
 }
 
 func setConstants(spec *ebpf.CollectionSpec, slots uint32) error {
