@@ -60,6 +60,7 @@ func newNode(b *testing.B, policies, local int) *node {
 // namespace.
 type endpoint struct {
 	*netlab.Pod
+	app       int
 	host      netlink.Link
 	mac       net.HardwareAddr
 	addresses []netip.Addr
@@ -73,20 +74,28 @@ func (n *node) newEndpoint(b *testing.B, i int) *endpoint {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { p.Close() })
-	e := &endpoint{Pod: p, addresses: []netip.Addr{local4(i), local6(i)}}
-	if err := errors.Join(n.Do(func() error { return e.plug(i) }), p.Do(e.configure)); err != nil {
+	e := &endpoint{Pod: p, app: i, addresses: []netip.Addr{local4(i), local6(i)}}
+	if err := errors.Join(n.Do(e.plug)); err != nil {
 		b.Fatalf("veth of pod %d: %v", i, err)
 	}
 	return e
 }
 
-func (e *endpoint) plug(i int) error {
+// replug gives the pod a new veth; it is called on the node.
+func (e *endpoint) replug() error {
+	if err := netlink.LinkDel(e.host); err != nil {
+		return err
+	}
+	return e.plug()
+}
+
+func (e *endpoint) plug() error {
 	netns, err := os.Open(e.NetNS())
 	if err != nil {
 		return err
 	}
 	defer netns.Close()
-	name := fmt.Sprintf("veth%d", i)
+	name := fmt.Sprintf("veth%d", e.app)
 	err = netlink.LinkAdd(&netlink.Veth{
 		LinkAttrs: netlink.LinkAttrs{Name: name}, PeerName: e.IfName, PeerNamespace: netlink.NsFd(netns.Fd()),
 	})
@@ -96,7 +105,7 @@ func (e *endpoint) plug(i int) error {
 	if e.host, err = netlink.LinkByName(name); err != nil {
 		return err
 	}
-	return netlink.LinkSetUp(e.host)
+	return errors.Join(netlink.LinkSetUp(e.host), e.Do(e.configure))
 }
 
 func (e *endpoint) configure() error {
