@@ -1,8 +1,8 @@
 # Copyright The podgate Authors
 # SPDX-License-Identifier: Apache-2.0
 
-# Everything but `generate`, `check-generated` and `lint` needs Go and make
-# only: the eBPF objects are committed.
+# Everything but `generate`, `check-generated`, `lint` and `test-kernels` needs
+# Go and make only: the eBPF objects are committed.
 
 GO        ?= go
 BPF_CLANG ?= clang-19
@@ -16,8 +16,8 @@ GOBUILD  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version
 TESTFLAGS  ?= -timeout 15m
 BENCHFLAGS ?=
 
-# test/oracle links other evaluators of network policy: its requirements stay
-# out of ours.
+# Tests that link other evaluators of policy, or speak to a container runtime:
+# what they require stays out of our go.mod.
 MODULES  = . $(patsubst %/go.mod,%,$(wildcard test/*/go.mod))
 C_FILES  = $(shell find bpf test -name '*.[ch]')
 LINT     = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod golangci-lint
@@ -50,6 +50,10 @@ test: root ## all tests (as root)
 .PHONY: test-unit
 test-unit: ## the tests that need no root
 	$(GO) test -short $(TESTFLAGS) ./...
+
+.PHONY: test-kernels
+test-kernels: ## the tests that load eBPF, on kernels 5.10 to 6.18 in virtual machines
+	TESTFLAGS='$(TESTFLAGS)' test/kernels/run $(KERNELS)
 
 .PHONY: bench
 bench: root ## benchmarks, against floors measured in the same run (as root)

@@ -1,0 +1,229 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package runtime
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"text/template"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podgate/podgate/test/netlab"
+)
+
+// containerd is a containerd that shares nothing with the machine's own.
+type containerd struct {
+	cri.RuntimeServiceClient
+
+	process   *exec.Cmd
+	conn      *grpc.ClientConn
+	log       string
+	sandboxes []string
+}
+
+// config is written for containerd 1.6, in which Debian 12 has it; newer ones
+// migrate it. Scores and limits stay as they are: raising them needs
+// CAP_SYS_RESOURCE, which not every machine grants its root.
+var config = template.Must(template.New("config").Parse(`
+version = 2
+root = "{{.Dir}}/root"
+state = "{{.Dir}}/state"
+[grpc]
+  address = "{{.Dir}}/containerd.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{{.Dir}}/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  disable_tcp_service = true
+  netns_mounts_under_state_dir = true
+  restrict_oom_score_adj = true
+  sandbox_image = "{{.Image}}"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{{.Plugins}}"
+    conf_dir = "{{.Dir}}/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "native"
+`))
+
+// startContainerd runs containerd on node with the conflist as its only
+// network, and waits until it is ready for pods.
+func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflist) (_ *containerd, err error) {
+	dir := filepath.Join(node.Dir, "containerd")
+	c := &containerd{log: filepath.Join(dir, "log")}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("containerd: %w", err), c.Close())
+		}
+	}()
+	if err := os.MkdirAll(filepath.Join(dir, "net.d"), 0o700); err != nil {
+		return nil, err
+	}
+	conflist, err := list.JSON()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "net.d", "10-lab.conflist"), conflist, 0o600); err != nil {
+		return nil, err
+	}
+	file, err := os.Create(filepath.Join(dir, "config.toml"))
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	err = config.Execute(file, struct{ Dir, Plugins, Image string }{dir, node.Plugins, imageName})
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.Create(c.log)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+
+	c.process = exec.Command("containerd", "--config", file.Name())
+	c.process.Stdout, c.process.Stderr = log, log
+	// Its mounts end with it and with its pods.
+	c.process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	if err := node.Do(c.process.Start); err != nil {
+		c.process = nil
+		return nil, err
+	}
+	socket := filepath.Join(dir, "containerd.sock")
+	c.conn, err = grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	c.RuntimeServiceClient = cri.NewRuntimeServiceClient(c.conn)
+	if err := c.waitReady(ctx); err != nil {
+		return nil, err
+	}
+	image := filepath.Join(dir, "image.tar")
+	if err := writeImage(ctx, image); err != nil {
+		return nil, err
+	}
+	out, err := exec.CommandContext(ctx, "ctr", "--address", socket, "--namespace", "k8s.io", "images", "import",
+		"--snapshotter", "native", image).CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("ctr images import: %w\n%s", err, out)
+	}
+	return c, nil
+}
+
+// waitReady returns when both conditions that a kubelet looks at hold.
+func (c *containerd) waitReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		reply, err := c.Status(ctx, &cri.StatusRequest{}, grpc.WaitForReady(true))
+		if err != nil {
+			return err
+		}
+		ready := true
+		for _, condition := range reply.GetStatus().GetConditions() {
+			ready = ready && condition.GetStatus()
+		}
+		if ready {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("not ready: %v", reply.GetStatus())
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+// pod is a running sandbox and what the kubelet would know of it.
+type pod struct {
+	sandbox   string
+	config    *cri.PodSandboxConfig
+	address   string
+	container string
+}
+
+// runPod starts a sandbox, which listens on port 8080.
+func (c *containerd) runPod(ctx context.Context, namespace, name, uid string) (*pod, error) {
+	p := &pod{config: &cri.PodSandboxConfig{
+		Metadata: &cri.PodSandboxMetadata{Namespace: namespace, Name: name, Uid: uid},
+		Linux:    &cri.LinuxPodSandboxConfig{},
+	}}
+	run, err := c.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: p.config})
+	if err != nil {
+		return nil, fmt.Errorf("run pod %s: %w", name, err)
+	}
+	p.sandbox = run.GetPodSandboxId()
+	c.sandboxes = append(c.sandboxes, p.sandbox)
+	status, err := c.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.sandbox})
+	if err != nil {
+		return nil, fmt.Errorf("status of pod %s: %w", name, err)
+	}
+	p.address = status.GetStatus().GetNetwork().GetIp()
+	return p, nil
+}
+
+// container is the one of p to execute commands in, started when first asked
+// for.
+func (c *containerd) container(ctx context.Context, p *pod) (string, error) {
+	if p.container != "" {
+		return p.container, nil
+	}
+	name := p.config.GetMetadata().GetName()
+	create, err := c.CreateContainer(ctx, &cri.CreateContainerRequest{
+		PodSandboxId:  p.sandbox,
+		SandboxConfig: p.config,
+		Config: &cri.ContainerConfig{
+			Metadata: &cri.ContainerMetadata{Name: "main"},
+			Image:    &cri.ImageSpec{Image: imageName},
+			Args:     []string{"serve", ":8081"},
+			Linux:    &cri.LinuxContainerConfig{},
+		},
+	})
+	if err != nil {
+		return "", fmt.Errorf("create container in %s: %w", name, err)
+	}
+	p.container = create.GetContainerId()
+	if _, err := c.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: p.container}); err != nil {
+		return "", fmt.Errorf("start container in %s: %w", name, err)
+	}
+	return p.container, nil
+}
+
+// removePods ends every sandbox and its containers.
+func (c *containerd) removePods(ctx context.Context) error {
+	var errs []error
+	for _, sandbox := range c.sandboxes {
+		if _, err := c.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: sandbox}); err != nil {
+			errs = append(errs, fmt.Errorf("stop pod: %w", err))
+		}
+		if _, err := c.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: sandbox}); err != nil {
+			errs = append(errs, fmt.Errorf("remove pod: %w", err))
+		}
+	}
+	c.sandboxes = nil
+	return errors.Join(errs...)
+}
+
+// Close ends every pod and then containerd.
+func (c *containerd) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	errs := []error{c.removePods(ctx)}
+	if c.conn != nil {
+		errs = append(errs, c.conn.Close())
+	}
+	if c.process != nil {
+		errs = append(errs, c.process.Process.Signal(syscall.SIGTERM), c.process.Wait())
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,212 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package runtime
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/podgate/podgate/test/netlab"
+)
+
+// manifests are what a kubelet would know of the pods below, and a policy.
+const manifests = `
+apiVersion: v1
+kind: Pod
+metadata: { namespace: default, name: server, uid: uid-server, labels: { app: server } }
+---
+apiVersion: v1
+kind: Pod
+metadata: { namespace: default, name: client, uid: uid-client, labels: { app: client } }
+---
+apiVersion: v1
+kind: Pod
+metadata: { namespace: default, name: stranger, uid: uid-stranger, labels: { app: stranger } }
+---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: { namespace: default, name: server-serves-client }
+spec:
+  podSelector: { matchLabels: { app: server } }
+  ingress:
+  - from: [{ podSelector: { matchLabels: { app: client } } }]
+    ports: [{ port: 8080 }]
+`
+
+// TestContainerd runs pods under policy without a daemon: what podgate sync
+// published once is what ADD finds.
+func TestContainerd(t *testing.T) {
+	requireContainerd(t)
+	bin := build(t)
+	node, err := netlab.New(netlab.Options{Plugins: bin})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	podgate := func(args ...string) []byte {
+		t.Helper()
+		args = append(args, "--bpffs", node.BPFFS, "--run-dir", filepath.Join(node.Dir, "run"))
+		out, err := node.Exec(t.Context(), filepath.Join(bin, "podgate"), args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	policy := filepath.Join(node.Dir, "policy")
+	if err := os.Mkdir(policy, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(policy, "all.yaml"), []byte(manifests), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	podgate("sync", "--policy-dir", policy, "--once")
+
+	c := run(t, node)
+	pods := map[string]*pod{}
+	for _, name := range []string{"server", "client", "stranger"} {
+		if pods[name], err = c.runPod(t.Context(), "default", name, "uid-"+name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := endpoints(t, podgate), []string{
+		"default/client uid-client open",
+		"default/server uid-server enforcing",
+		"default/stranger uid-stranger open",
+	}; !slices.Equal(got, want) {
+		t.Errorf("endpoints %q, want %q", got, want)
+	}
+	for name, want := range map[string]bool{"client": true, "stranger": false} {
+		if got := dials(t, c, pods[name], pods["server"]); got != want {
+			t.Errorf("%s reaches server: %t, want %t", name, got, want)
+		}
+	}
+	// Nothing isolates the others: what blocks stranger is the policy.
+	if !dials(t, c, pods["client"], pods["stranger"]) {
+		t.Error("client does not reach stranger, which no policy selects")
+	}
+	if err := c.removePods(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if left := endpoints(t, podgate); len(left) > 0 {
+		t.Errorf("endpoints after all pods were removed: %q", left)
+	}
+}
+
+func requireContainerd(t *testing.T) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("containers need root")
+	}
+	_, err := exec.LookPath("containerd")
+	switch {
+	case err != nil && os.Getenv("PODGATE_TEST_CONTAINERD") == "required":
+		t.Fatal(err)
+	case err != nil:
+		t.Skipf("no containerd on this machine: %v", err)
+	}
+}
+
+// build fills a directory with the CNI plugins and podgate.
+func build(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir("../..") // the module of what is built
+	if err := netlab.Build(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", dir, "./cmd/podgate").CombinedOutput()
+	if err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	t.Chdir(here)
+	return dir
+}
+
+// run starts containerd with bridge and podgate as its network. cniVersion is
+// the highest that Debian 12's containerd speaks.
+func run(t *testing.T, node *netlab.Node) *containerd {
+	t.Helper()
+	c, err := startContainerd(t.Context(), node, netlab.Conflist{
+		CNIVersion: "1.0.0",
+		Name:       "lab",
+		Plugins:    []netlab.Plugin{node.Bridge("cni0", "10.88.0.0/24", "fd88::/64"), node.Podgate()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			log, _ := os.ReadFile(c.log)
+			t.Logf("containerd:\n%s", log)
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return c
+}
+
+// endpoints are podgate's, as "namespace/name uid state".
+func endpoints(t *testing.T, podgate func(args ...string) []byte) []string {
+	t.Helper()
+	var status struct {
+		Endpoints []struct{ Name, PodUID, State string }
+	}
+	if err := json.Unmarshal(podgate("status", "-o", "json"), &status); err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range status.Endpoints {
+		names = append(names, fmt.Sprintf("%s %s %s", e.Name, e.PodUID, e.State))
+	}
+	slices.Sort(names)
+	return names
+}
+
+// dials connects from a container of one pod to another pod. The answers of
+// interest are yes and a time-out: a refusal is neither.
+func dials(t *testing.T, c *containerd, from, to *pod) bool {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	id, err := c.container(ctx, from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reply, err := c.ExecSync(ctx, &cri.ExecSyncRequest{
+		ContainerId: id,
+		Cmd:         []string{"/pod", "dial", net.JoinHostPort(to.address, "8080")},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	switch reply.GetExitCode() {
+	case 0:
+		return true
+	case exitTimeout:
+		return false
+	}
+	t.Fatalf("dial: exit code %d: %s", reply.GetExitCode(), reply.GetStderr())
+	return false
+}
