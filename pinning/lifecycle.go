@@ -115,14 +115,14 @@ func (s *State) openGate(sh *shared, e *Endpoint, pod bpf.DatapathPod, found boo
 	if err := counters.Put(e.Gate, zero); err != nil {
 		return fmt.Errorf("%s: %w", counters, err)
 	}
-	enforced := e.Mode.enforcement()
+	enforced, flags := e.Mode.enforcement(), e.flags()
 	if found {
 		enforced = Enforcement{pod.Rulesets.Ingress, pod.Rulesets.Egress}
-		e.Audit = e.Audit || pod.Flags&uint16(bpf.DatapathGateFlagsGATE_AUDIT) != 0
+		flags |= pod.Flags & uint16(bpf.DatapathGateFlagsGATE_AUDIT)
 	}
 	g := bpf.DatapathGate{
 		Rulesets: bpf.DatapathEnforcement{Ingress: enforced.Ingress, Egress: enforced.Egress},
-		Ifindex:  uint32(e.HostIfindex), Endpoint: e.ID, Flags: e.flags(),
+		Ifindex:  uint32(e.HostIfindex), Endpoint: e.ID, Flags: flags,
 	}
 	copy(g.Mac[:], e.MAC)
 	g.Own = ownAddresses(e.Addresses)
