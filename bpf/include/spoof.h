@@ -159,6 +159,10 @@ static __always_inline int check_neighbour(struct __sk_buff *skb,
 	if (p->icmp_type >= ICMPV6_RS && p->icmp_type <= ICMPV6_REDIRECT &&
 	    p->hop_limit != 255)
 		return REASON_MALFORMED;
+	/* RFC 2710 3, RFC 3810 5: nor what a router would forward. */
+	if ((p->icmp_type <= ICMPV6_MLD_LAST || p->icmp_type == ICMPV6_MLD2) &&
+	    p->hop_limit != 1)
+		return REASON_MALFORMED;
 	return spoof ? spoofs_nd(skb, where) : 0;
 }
 

@@ -42,22 +42,21 @@ __noinline int refuse(struct __sk_buff *skb, __u32 where)
 	struct gate *gate = gate_at(where);
 	__u32 dir = WHERE_DIR(where);
 	struct judgement *j;
+	bool audit;
 
 	if (!s || !gate)
 		return TC_ACT_SHOT;
 	j = &s->judgement;
-	if (gate->flags & GATE_AUDIT) {
-		count(skb, WHERE_SLOT(where), dir, true);
-		emit(skb, EVENT_AUDIT, dir, 0);
+	audit = gate->flags & GATE_AUDIT;
+	count(skb, WHERE_SLOT(where), dir, audit);
+	/* Frames that a bridge floods are nobody's news. */
+	if (j->reason != REASON_OTHER_HOST)
+		emit(skb, audit ? EVENT_AUDIT : EVENT_DROP, dir, 0);
+	if (audit)
 		return TC_ACT_UNSPEC;
-	}
-	count(skb, WHERE_SLOT(where), dir, false);
 	count_drop(skb, j->reason, dir);
 	if (j->rule)
 		count_rule(skb, j->rule);
-	/* Frames that a bridge floods are nobody's news. */
-	if (j->reason != REASON_OTHER_HOST)
-		emit(skb, EVENT_DROP, dir, 0);
 	return TC_ACT_SHOT;
 }
 
