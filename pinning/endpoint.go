@@ -257,6 +257,15 @@ func (s *State) Enforcement(e Endpoint) (Enforcement, error) {
 	return sh.enforcement(e.Gate), nil
 }
 
+// Audited reports whether an endpoint is in audit mode now: by its own setting
+// or by its pod's.
+func (s *State) Audited(e Endpoint) (bool, error) {
+	if _, err := s.Enforcement(e); err != nil {
+		return false, err
+	}
+	return s.shared.gates[e.Gate].Flags&uint16(bpf.DatapathGateFlagsGATE_AUDIT) != 0, nil
+}
+
 // Endpoints yields every endpoint's record. An endpoint added meanwhile may be
 // missed; a record that cannot be read is yielded with an error.
 func (s *State) Endpoints() iter.Seq2[Endpoint, error] {

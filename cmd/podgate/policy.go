@@ -177,7 +177,10 @@ func endpointPolicy(state *pinning.State, rules map[ruleOwner][]pinning.Rule, ep
 	if err != nil {
 		return policyReport{}, err
 	}
-	r := policyReport{Endpoint: endpointName(ep), Attachment: ep.Key, Audit: ep.Audit}
+	r := policyReport{Endpoint: endpointName(ep), Attachment: ep.Key}
+	if r.Audit, err = state.Audited(*ep); err != nil {
+		return policyReport{}, err
+	}
 	if r.Ingress, err = directionPolicy(state, rules, enforced.Ingress); err != nil {
 		return policyReport{}, err
 	}

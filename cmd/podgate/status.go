@@ -190,13 +190,16 @@ func (a *app) addEndpoint(ctx context.Context, r *statusReport, state *pinning.S
 		Name: endpointName(&ep), Attachment: ep.Key, PodUID: ep.PodUID, Labels: ep.Labels, Subject: ep.Pod,
 		Addresses: ep.Addresses, MAC: ep.MAC.String(), Network: ep.Network, NetNS: ep.NetNS,
 		ID: ep.ID, Gate: ep.Gate, HostIfindex: ep.HostIfindex, Attach: ep.Attach.String(), Mode: ep.Mode.String(),
-		AntiSpoof: ep.AntiSpoof, Audit: ep.Audit, Created: ep.Created,
+		AntiSpoof: ep.AntiSpoof, Created: ep.Created,
 	}
 	if link, err := net.InterfaceByIndex(ep.HostIfindex); err == nil {
 		e.HostInterface = link.Name
 	}
 	subject := "endpoint " + e.Name
 	enforced, err := state.Enforcement(ep)
+	if err == nil {
+		e.Audit, err = state.Audited(ep)
+	}
 	r.problem(subject, err)
 	e.State, e.Rulesets = enforced.State(), rulesetNumbers{enforced.Ingress, enforced.Egress}
 	if e.State == "closed" && a.Now().Sub(ep.Created) > patience {
