@@ -58,13 +58,6 @@ func (s *State) attach(endpoint uint32, ifindex int, kind AttachKind) (AttachKin
 	return AttachTCX, nil
 }
 
-func (s *State) detach(endpoint uint32, ifindex int, kind AttachKind) error {
-	if kind == AttachTCX {
-		return s.detachTCX(endpoint)
-	}
-	return s.detachClsact(ifindex)
-}
-
 func (s *State) filter(ifindex, direction int, fd int) *netlink.BpfFilter {
 	return &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
