@@ -22,6 +22,7 @@ import (
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/test/netlab"
 )
 
 // Verdicts of linux/pkt_cls.h.
@@ -30,8 +31,28 @@ const (
 	tcActOK     = 0
 )
 
-func attachKinds() []pinning.AttachKind {
+// attachKinds are those that the kernel has.
+func attachKinds(t *testing.T) []pinning.AttachKind {
+	if !hasTCX(t) {
+		return []pinning.AttachKind{pinning.AttachClsact}
+	}
 	return []pinning.AttachKind{pinning.AttachClsact, pinning.AttachTCX}
+}
+
+func hasTCX(t *testing.T) bool {
+	t.Helper()
+	has, err := netlab.HasTCX()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return has
+}
+
+func needTCX(t *testing.T) {
+	t.Helper()
+	if !hasTCX(t) {
+		t.Skip("tcx came with Linux 6.6")
+	}
 }
 
 func TestAttachKinds(t *testing.T) {
@@ -55,6 +76,13 @@ func TestAttachKinds(t *testing.T) {
 			}
 			r := request(host, "10.0.0.1")
 			r.Attach = c.wanted
+			if c.got == pinning.AttachTCX && !hasTCX(t) {
+				if _, _, err := l.tryAdd(r); !errors.Is(err, pinning.ErrNoHook) {
+					t.Errorf("Add on a kernel without tcx: %v", err)
+				}
+				l.wantHooked(host)
+				return
+			}
 			e, _ := l.add(r)
 			if e.Attach != c.got {
 				t.Errorf("attached by %s, not %s", e.Attach, c.got)
@@ -140,6 +168,9 @@ func (l *lab) hooked(host netlink.Link) (out []string) {
 			out = append(out, f.Name+" by clsact")
 		}
 	}
+	if !hasTCX(l.t) {
+		return out
+	}
 	l.do(func() error {
 		for _, attach := range []ebpf.AttachType{ebpf.AttachTCXEgress, ebpf.AttachTCXIngress} {
 			result, err := link.QueryPrograms(link.QueryOptions{Target: host.Attrs().Index, Attach: attach})
@@ -205,6 +236,7 @@ func TestOthersStay(t *testing.T) {
 		l.wantHooked(host, "other by clsact", "other by clsact", "other by clsact")
 	})
 	t.Run("tcx", func(t *testing.T) {
+		needTCX(t)
 		l := newLab(t)
 		host := l.veth("a")
 		p, late := other(t, tcActUnspec), other(t, tcActUnspec)
@@ -220,6 +252,7 @@ func TestOthersStay(t *testing.T) {
 		l.wantHooked(host, "other by tcx", "other by tcx", "other by tcx")
 	})
 	t.Run("qdisc", func(t *testing.T) {
+		needTCX(t)
 		l := newLab(t)
 		host := l.veth("a")
 		l.ingress(host)
@@ -236,7 +269,7 @@ func TestOthersStay(t *testing.T) {
 }
 
 func TestRepair(t *testing.T) {
-	for _, kind := range attachKinds() {
+	for _, kind := range attachKinds(t) {
 		for name, harm := range map[string]func(*lab, netlink.Link, pinning.Endpoint) bool{
 			"hooks":    (*lab).loseHooks,
 			"qdisc":    (*lab).loseQdisc,
@@ -352,7 +385,7 @@ func (l *lab) eachLink(e pinning.Endpoint, f func(link.Link) error) {
 }
 
 func TestRepairSweeps(t *testing.T) {
-	for _, kind := range attachKinds() {
+	for _, kind := range attachKinds(t) {
 		t.Run(kind.String(), func(t *testing.T) {
 			l := newLab(t)
 			l.add(request(l.veth("stays"), "10.0.0.9"))
@@ -371,6 +404,7 @@ func TestRepairSweeps(t *testing.T) {
 		})
 	}
 	t.Run("orphans", func(t *testing.T) {
+		needTCX(t)
 		l := newLab(t)
 		l.add(request(l.veth("stays"), "10.0.0.9"))
 		before := l.holdings()
@@ -403,7 +437,7 @@ func TestRepairSweeps(t *testing.T) {
 }
 
 func TestUpgrade(t *testing.T) {
-	for _, kind := range attachKinds() {
+	for _, kind := range attachKinds(t) {
 		t.Run(kind.String(), func(t *testing.T) {
 			l := newLab(t)
 			host := l.veth("a")

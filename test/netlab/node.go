@@ -183,4 +183,19 @@ func newBPFFS() (*os.File, error) {
 	return os.NewFile(uintptr(fd), "bpffs"), nil
 }
 
+// HasTCX tells whether the kernel has tcx hooks. They came with Linux 6.6; that
+// a newer kernel cannot do it is for tests to find.
+func HasTCX() (bool, error) {
+	var name unix.Utsname
+	if err := unix.Uname(&name); err != nil {
+		return false, fmt.Errorf("netlab: uname: %w", err)
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	var major, minor int
+	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+		return false, fmt.Errorf("netlab: kernel release %q: %w", release, err)
+	}
+	return major > 6 || major == 6 && minor >= 6, nil
+}
+
 func fdPath(fd uintptr) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) }
