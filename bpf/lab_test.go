@@ -247,6 +247,15 @@ func (l *lab) run(d policy.Direction, frame []byte) string {
 
 func (l *lab) runAt(d policy.Direction, frame []byte, at arrival) (string, *flow.Flow) {
 	l.t.Helper()
+	if at.from != 0 {
+		can, err := netlab.KernelAtLeast(5, 16)
+		if err != nil {
+			l.t.Fatal(err)
+		}
+		if !can {
+			l.t.Skip("BPF_PROG_TEST_RUN takes ingress_ifindex since Linux 5.16")
+		}
+	}
 	skb := make([]uint32, skbWords)
 	skb[skbIfindex], skb[skbIngressIfindex] = uint32(at.ifindex), uint32(at.from)
 	var answer uint32

@@ -185,17 +185,20 @@ func newBPFFS() (*os.File, error) {
 
 // HasTCX tells whether the kernel has tcx hooks. They came with Linux 6.6; that
 // a newer kernel cannot do it is for tests to find.
-func HasTCX() (bool, error) {
+func HasTCX() (bool, error) { return KernelAtLeast(6, 6) }
+
+// KernelAtLeast tells whether the kernel is of a version or newer.
+func KernelAtLeast(major, minor int) (bool, error) {
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return false, fmt.Errorf("netlab: uname: %w", err)
 	}
 	release := unix.ByteSliceToString(name.Release[:])
-	var major, minor int
-	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil {
+	var a, b int
+	if _, err := fmt.Sscanf(release, "%d.%d", &a, &b); err != nil {
 		return false, fmt.Errorf("netlab: kernel release %q: %w", release, err)
 	}
-	return major > 6 || major == 6 && minor >= 6, nil
+	return a > major || a == major && b >= minor, nil
 }
 
 func fdPath(fd uintptr) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) }
