@@ -69,6 +69,10 @@ func (s *State) Apply(ctx context.Context, u policy.Update) (Applied, error) {
 		return Applied{}, fmt.Errorf("%w: the first update of a process must be full", ErrInvalid)
 	}
 	if u.Full {
+		// Adoption does not know since when something is of no use.
+		if err := s.Sweep(ctx); err != nil {
+			return Applied{}, err
+		}
 		a, err := s.adopt()
 		if err != nil {
 			return Applied{}, err
