@@ -1,0 +1,655 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package pinning_test
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+)
+
+const (
+	webAddr, clientAddr, strangerAddr = "10.0.0.1", "10.0.0.2", "10.0.0.3"
+)
+
+// town has three pods; web is isolated for ingress and lets client in at
+// TCP 80.
+func town(t *testing.T) *policy.Compiler {
+	t.Helper()
+	c := policy.NewCompiler()
+	c.SetNamespace(policy.Namespace{Name: "ns"})
+	for name, address := range map[string]string{"web": webAddr, "client": clientAddr, "stranger": strangerAddr} {
+		setPod(t, c, townPod(name, address))
+	}
+	setPolicy(t, c, allow("policy", "web", "client", 80))
+	return c
+}
+
+func townPod(name, address string) policy.Pod {
+	p := policy.Pod{
+		Key: policy.PodKey("uid-" + name), UID: "uid-" + name, Namespace: "ns", Name: name,
+		Labels: map[string]string{"app": name}, Local: true,
+	}
+	if address != "" {
+		p.Addresses = []netip.Addr{netip.MustParseAddr(address)}
+	}
+	return p
+}
+
+func app(name string) policy.PodSelector {
+	return policy.PodSelector{Namespace: "ns", Pods: policy.Selector{{Key: "app", Operator: policy.In, Values: []string{name}}}}
+}
+
+// allow isolates a pod for ingress but for another's TCP ports.
+func allow(name, subject, peer string, ports ...uint16) policy.Policy {
+	from := app(peer)
+	rule := policy.Rule{Action: policy.Allow, Peers: []policy.Peer{{Pods: &from}}, Text: "from " + peer}
+	for _, p := range ports {
+		rule.Ports = append(rule.Ports, policy.Port{Protocol: policy.TCP, First: p, Last: p})
+	}
+	return policy.Policy{
+		UID: name, Kind: "NetworkPolicy", Namespace: "ns", Name: name, Tier: policy.TierNamespace,
+		Subject: app(subject), Isolates: [2]bool{policy.Ingress: true}, Rules: [2][]policy.Rule{policy.Ingress: {rule}},
+	}
+}
+
+func setPod(t *testing.T, c *policy.Compiler, p policy.Pod) {
+	t.Helper()
+	if err := c.SetPod(p); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func setPolicy(t *testing.T, c *policy.Compiler, p policy.Policy) {
+	t.Helper()
+	if err := c.SetPolicy(p); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantWeb asks what web lets in: from client and from the stranger, at port 80.
+func (l *lab) wantWeb(e pinning.Endpoint, client, stranger bpf.DatapathReason) {
+	l.t.Helper()
+	for peer, want := range map[string]bpf.DatapathReason{clientAddr: client, strangerAddr: stranger} {
+		if a := l.probe(e.Gate, policy.Ingress, webAddr, peer, 80); a.Reason != want {
+			l.t.Errorf("from %s: %+v, not reason %d", peer, a, want)
+		}
+	}
+}
+
+const (
+	byPolicy  = bpf.DatapathReasonREASON_POLICY
+	byDefault = bpf.DatapathReasonREASON_DEFAULT
+	byClosed  = bpf.DatapathReasonREASON_CLOSED
+	byOpen    = bpf.DatapathReasonREASON_OPEN
+)
+
+// contents of what Apply writes, by map and key.
+func (l *lab) contents() map[string]map[string]string {
+	l.t.Helper()
+	out := map[string]map[string]string{}
+	for _, name := range []string{
+		bpf.DatapathMapPods, bpf.DatapathMapPeers, bpf.DatapathMapBlocks, bpf.DatapathMapJoins, bpf.DatapathMapClasses,
+		bpf.DatapathMapRulesets, bpf.DatapathMapCells, bpf.DatapathMapRuleInfo, bpf.DatapathMapPolicyInfo,
+		bpf.DatapathMapRulesetPolicies, bpf.DatapathMapGates,
+	} {
+		m := l.pinned(name)
+		out[name] = map[string]string{}
+		var key, value []byte
+		entries := m.Iterate()
+		for entries.Next(&key, &value) {
+			if strings.Trim(string(value), "\x00") != "" {
+				out[name][string(key)] = string(value)
+			}
+		}
+		if err := entries.Err(); err != nil {
+			l.t.Fatal(err)
+		}
+	}
+	return out
+}
+
+func TestFirstUpdateIsFull(t *testing.T) {
+	l := newLab(t)
+	c := town(t)
+	c.Compile()
+	setPolicy(t, c, allow("second", "web", "stranger", 81))
+	if _, err := l.state.Apply(t.Context(), c.Compile()); !errors.Is(err, pinning.ErrInvalid) {
+		t.Errorf("an incremental update of nothing: %v", err)
+	}
+	l.wantHoldings(map[string]int{})
+}
+
+// The daemon publishes before ADD, so ADD needs nobody.
+func TestPublishedBeforeAdd(t *testing.T) {
+	l := newLab(t)
+	apply(t, l.state, town(t).Compile())
+	l.state = l.open() // another process: the plugin
+	web, enforced := l.add(request(l.veth("web"), webAddr))
+	if enforced.State() != "enforcing" || enforced.Egress != pinning.RulesetOpen {
+		t.Errorf("web is %s: %+v", enforced.State(), enforced)
+	}
+	l.wantWeb(web, byPolicy, byDefault)
+	_, free := l.add(request(l.veth("client"), clientAddr))
+	if free.State() != "open" {
+		t.Errorf("client, which nothing selects, is %s", free.State())
+	}
+	_, unknown := l.add(request(l.veth("unheard"), "10.0.0.77"))
+	if unknown.State() != "closed" {
+		t.Errorf("a pod nobody published is %s", unknown.State())
+	}
+}
+
+func TestReadingBack(t *testing.T) {
+	l := newLab(t)
+	apply(t, l.state, town(t).Compile())
+	web, enforced := l.add(request(l.veth("web"), webAddr))
+	answer := l.probe(web.Gate, policy.Ingress, webAddr, clientAddr, 80)
+	if answer.Ruleset != enforced.Ingress {
+		t.Errorf("ruleset %d decided, not %d", answer.Ruleset, enforced.Ingress)
+	}
+	rule, err := l.state.Rule(answer.Rule)
+	if err != nil || rule.Text != "from client" || rule.Policy.Name != "policy" || rule.Index != 0 || rule.Action != policy.Allow {
+		t.Errorf("rule %d is %+v, %v", answer.Rule, rule, err)
+	}
+	ruleset, err := l.state.Ruleset(enforced.Ingress)
+	if err != nil || ruleset.Direction != policy.Ingress || ruleset.Default != policy.Deny || ruleset.DefaultRule == nil ||
+		ruleset.DefaultRule.Index != -1 || len(ruleset.Policies) != 1 || ruleset.Policies[0].UID != "policy" {
+		t.Errorf("ruleset %d is %+v, %v", enforced.Ingress, ruleset, err)
+	}
+	at := policy.Coordinate(policy.TCP, 80)
+	if cell := ruleset.Cells[answer.Class]; len(cell) != 1 || cell[0] != (pinning.Interval{First: at, Last: at, Action: policy.Allow, Rule: answer.Rule}) {
+		t.Errorf("its cell of class %d is %+v", answer.Class, cell)
+	}
+	for _, id := range []uint32{pinning.RulesetClosed, pinning.RulesetOpen, 99, 1 << 20} {
+		if _, err := l.state.Ruleset(id); !errors.Is(err, pinning.ErrNotFound) {
+			t.Errorf("ruleset %d: %v", id, err)
+		}
+	}
+	if _, err := l.state.Rule(99); !errors.Is(err, pinning.ErrNotFound) {
+		t.Errorf("rule 99: %v", err)
+	}
+}
+
+// A restarted daemon finds its own work and changes nothing.
+func TestRestartAdopts(t *testing.T) {
+	l := newLab(t)
+	apply(t, l.state, town(t).Compile())
+	web, _ := l.add(request(l.veth("web"), webAddr))
+	before := l.contents()
+	for range 2 {
+		l.state = l.open()
+		done, err := l.state.Apply(t.Context(), town(t).Compile())
+		if err != nil || len(done.Problems) != 0 || done.Gates != 0 {
+			t.Errorf("adopting: %+v, %v", done, err)
+		}
+		for name, entries := range l.contents() {
+			if !reflect.DeepEqual(entries, before[name]) {
+				t.Errorf("adopting changed %s:\n%q\n%q", name, before[name], entries)
+			}
+		}
+	}
+	l.wantWeb(web, byPolicy, byDefault)
+	// It knows what it adopted: it goes on incrementally.
+	c := town(t)
+	c.Compile()
+	setPolicy(t, c, allow("policy", "web", "stranger", 80))
+	apply(t, l.state, c.Compile())
+	l.wantWeb(web, byDefault, byPolicy)
+}
+
+// Policy that went while no daemon ran is swept.
+func TestRestartSweeps(t *testing.T) {
+	fresh := newLab(t)
+	next := func() *policy.Compiler {
+		c := town(t)
+		setPolicy(t, c, allow("policy", "web", "stranger", 443))
+		return c
+	}
+	apply(t, fresh.state, next().Compile())
+	want := fresh.holdings()
+	t.Run("after a change", func(t *testing.T) {
+		l := newLab(t)
+		c := town(t)
+		for i := range 5 {
+			setPod(t, c, townPod(fmt.Sprintf("p%d", i), fmt.Sprintf("10.0.1.%d", i)))
+			setPolicy(t, c, allow(fmt.Sprintf("policy-%d", i), fmt.Sprintf("p%d", i), "client", 80, 90, 100, 110, 120))
+		}
+		apply(t, l.state, c.Compile())
+		l.state = l.open()
+		apply(t, l.state, next().Compile())
+		pastGrace()
+		if err := l.state.Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		l.wantHoldings(want)
+	})
+}
+
+// What policy came and went leaves nothing.
+func TestUpdatesLeaveNothing(t *testing.T) {
+	l := newLab(t)
+	c := town(t)
+	apply(t, l.state, c.Compile())
+	web, _ := l.add(request(l.veth("web"), webAddr))
+	before := l.holdings()
+	for round := range 2 {
+		for i := range 5 {
+			setPod(t, c, townPod(fmt.Sprintf("p%d", i), fmt.Sprintf("10.0.1.%d", i+1)))
+			p := allow(fmt.Sprintf("policy-%d", i), "web", fmt.Sprintf("p%d", i), 81, 83, 85, 87, 89, 91)
+			p.Rules[policy.Ingress][0].Peers = append(p.Rules[policy.Ingress][0].Peers,
+				policy.Peer{Block: &policy.Block{CIDR: netip.MustParsePrefix(fmt.Sprintf("172.16.%d.0/24", i))}})
+			setPolicy(t, c, p)
+			apply(t, l.state, c.Compile())
+		}
+		l.wantWeb(web, byPolicy, byDefault)
+		if a := l.probe(web.Gate, policy.Ingress, webAddr, "172.16.3.9", 85); a.Verdict != bpf.DatapathVerdictVERDICT_ALLOWED {
+			t.Errorf("from a block: %+v", a)
+		}
+		for i := range 5 {
+			c.DeletePod(policy.PodKey(fmt.Sprintf("uid-p%d", i)))
+			c.DeletePolicy(fmt.Sprintf("policy-%d", i))
+		}
+		apply(t, l.state, c.Compile())
+		apply(t, l.state, c.Compact())
+		pastGrace()
+		if err := l.state.Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		l.wantWeb(web, byPolicy, byDefault)
+		if got := l.holdings(); !reflect.DeepEqual(got, before) {
+			t.Errorf("round %d: the instance holds %v, not %v", round, got, before)
+		}
+	}
+}
+
+// Cells that are not what their ruleset's digest promises are written anew.
+func TestRestartMendsCells(t *testing.T) {
+	for name, harm := range map[string]func(*lab, *ebpf.Map, bpf.DatapathCellKey, bpf.DatapathCell) error{
+		"another action": func(_ *lab, m *ebpf.Map, k bpf.DatapathCellKey, c bpf.DatapathCell) error {
+			c.Intervals[0].Action ^= 1
+			return m.Put(&k, &c)
+		},
+		"another range": func(_ *lab, m *ebpf.Map, k bpf.DatapathCellKey, c bpf.DatapathCell) error {
+			c.Intervals[0].First = 0
+			return m.Put(&k, &c)
+		},
+		"gone": func(_ *lab, m *ebpf.Map, k bpf.DatapathCellKey, _ bpf.DatapathCell) error { return m.Delete(&k) },
+		"a class too many": func(_ *lab, m *ebpf.Map, k bpf.DatapathCellKey, c bpf.DatapathCell) error {
+			k.Class, c.Class = 0, 0
+			return m.Put(&k, &c)
+		},
+		"chunks too many": func(_ *lab, m *ebpf.Map, k bpf.DatapathCellKey, c bpf.DatapathCell) error {
+			k.Chunk, c.Chunk = 7, 7
+			return m.Put(&k, &c)
+		},
+		"no such ruleset": func(_ *lab, m *ebpf.Map, k bpf.DatapathCellKey, c bpf.DatapathCell) error {
+			k.Ruleset, c.Ruleset = 999, 999
+			return m.Put(&k, &c)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l := newLab(t)
+			apply(t, l.state, town(t).Compile())
+			web, _ := l.add(request(l.veth("web"), webAddr))
+			want := l.holdings()
+			m := l.pinned(bpf.DatapathMapCells)
+			var k bpf.DatapathCellKey
+			var c bpf.DatapathCell
+			if !m.Iterate().Next(&k, &c) {
+				t.Fatal("no cell is pinned")
+			}
+			if err := harm(l, m, k, c); err != nil {
+				t.Fatal(err)
+			}
+			l.state = l.open()
+			apply(t, l.state, town(t).Compile())
+			l.wantWeb(web, byPolicy, byDefault)
+			pastGrace()
+			if err := l.state.Sweep(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			l.wantWeb(web, byPolicy, byDefault)
+			l.wantHoldings(want)
+		})
+	}
+}
+
+// What does not fit closes the endpoints it concerns, and them only, and is
+// said; it opens them again once it fits.
+func TestFullMapsClose(t *testing.T) {
+	// many policies for one pod need cells, rules and blocks.
+	crowd := func(t *testing.T, c *policy.Compiler) {
+		for i := range 40 {
+			p := allow(fmt.Sprintf("crowd-%d", i), "crowded", "client", uint16(1000+10*i))
+			p.Rules[policy.Ingress][0].Peers = append(p.Rules[policy.Ingress][0].Peers,
+				policy.Peer{Block: &policy.Block{CIDR: netip.MustParsePrefix(fmt.Sprintf("172.16.%d.0/24", i))}})
+			setPolicy(t, c, p)
+		}
+	}
+	for name, c := range map[string]struct {
+		shrink func(*pinning.Capacity)
+		says   string
+	}{
+		"cells":  {func(c *pinning.Capacity) { c.Cells = 8 }, "cells"},
+		"rules":  {func(c *pinning.Capacity) { c.Rules = 16 }, "rule"},
+		"blocks": {func(c *pinning.Capacity) { c.Blocks = 8 }, "blocks"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			capacity := small
+			c.shrink(&capacity)
+			l := newLabWith(t, capacity)
+			compiler := town(t)
+			setPod(t, compiler, townPod("crowded", "10.0.0.4"))
+			apply(t, l.state, compiler.Compile())
+			web, _ := l.add(request(l.veth("web"), webAddr))
+			crowded, _ := l.add(request(l.veth("crowded"), "10.0.0.4"))
+			crowd(t, compiler)
+			done, err := l.state.Apply(t.Context(), compiler.Compile())
+			if err != nil {
+				t.Fatal(err)
+			}
+			problem := errors.Join(done.Problems...)
+			if !errors.Is(problem, pinning.ErrFull) || !strings.Contains(problem.Error(), c.says) {
+				t.Errorf("problems are %v", problem)
+			}
+			l.wantWeb(web, byPolicy, byDefault)
+			for _, peer := range []string{strangerAddr, "192.0.2.1"} {
+				for _, port := range []uint16{80, 1000, 1390} {
+					if a := l.probe(crowded.Gate, policy.Ingress, "10.0.0.4", peer, port); a.Verdict != bpf.DatapathVerdictVERDICT_DENIED {
+						t.Errorf("from %s to port %d: %+v", peer, port, a)
+					}
+				}
+			}
+			if name != "blocks" { // blocks that are missing allow nothing
+				if a := l.probe(crowded.Gate, policy.Ingress, "10.0.0.4", clientAddr, 1000); a.Reason != byClosed {
+					t.Errorf("the crowded endpoint is not closed: %+v", a)
+				}
+			}
+			for i := range 40 {
+				compiler.DeletePolicy(fmt.Sprintf("crowd-%d", i))
+			}
+			setPolicy(t, compiler, allow("crowd-last", "crowded", "client", 80))
+			for _, update := range []policy.Update{compiler.Compile(), compiler.Compact()} {
+				if _, err := l.state.Apply(t.Context(), update); err != nil {
+					t.Fatal(err)
+				}
+			}
+			pastGrace()
+			done, err = l.state.Apply(t.Context(), compiler.Snapshot())
+			if err := errors.Join(append(done.Problems, err)...); err != nil {
+				t.Errorf("with few policies again: %v", err)
+			}
+			if a := l.probe(crowded.Gate, policy.Ingress, "10.0.0.4", clientAddr, 80); a.Reason != byPolicy {
+				t.Errorf("the endpoint stays closed: %+v", a)
+			}
+			if a := l.probe(crowded.Gate, policy.Ingress, "10.0.0.4", strangerAddr, 80); a.Reason != byDefault {
+				t.Errorf("from the stranger: %+v", a)
+			}
+		})
+	}
+}
+
+// A peer without room for its class must not become "everyone else" where
+// everyone else is allowed and it is denied.
+func TestFullPeersClose(t *testing.T) {
+	capacity := small
+	capacity.Peers = 4
+	l := newLabWith(t, capacity)
+	c := policy.NewCompiler()
+	c.SetNamespace(policy.Namespace{Name: "ns"})
+	for i := range 12 {
+		setPod(t, c, townPod(fmt.Sprintf("p%d", i), fmt.Sprintf("10.0.0.%d", i+1)))
+	}
+	evil := app("p11")
+	p := policy.Policy{
+		UID: "deny", Kind: "ClusterNetworkPolicy", Name: "deny", Tier: policy.TierAdmin, Subject: app("p0"),
+		Rules: [2][]policy.Rule{policy.Ingress: {{Action: policy.Deny, Peers: []policy.Peer{{Pods: &evil}}, AnyPort: true}}},
+	}
+	for i := range 10 {
+		good := app(fmt.Sprintf("p%d", i+1))
+		p.Rules[policy.Ingress] = append(p.Rules[policy.Ingress], policy.Rule{
+			Action: policy.Allow, Peers: []policy.Peer{{Pods: &good}}, Ports: []policy.Port{{Protocol: policy.TCP, First: 80, Last: 80}},
+		})
+	}
+	setPolicy(t, c, p)
+	done, err := l.state.Apply(t.Context(), c.Compile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if problem := errors.Join(done.Problems...); !errors.Is(problem, pinning.ErrFull) {
+		t.Errorf("problems are %v", problem)
+	}
+	r := request(l.veth("p0"))
+	r.Addresses = nil // no room for its own
+	e, _ := l.add(r)
+	if a := l.probe(e.Gate, policy.Ingress, "10.0.0.1", "10.0.0.12", 80); a.Verdict != bpf.DatapathVerdictVERDICT_DENIED {
+		t.Errorf("who is denied gets in: %+v", a)
+	}
+}
+
+func TestWaitForPolicy(t *testing.T) {
+	l := newLab(t)
+	r := request(l.veth("web"), webAddr)
+	r.Wait = 30 * time.Millisecond
+	start := time.Now()
+	_, enforced := l.add(r)
+	if took := time.Since(start); enforced.State() != "closed" || took < r.Wait {
+		t.Errorf("with nobody to publish it is %s after %s", enforced.State(), took)
+	}
+	r.Wait = time.Minute
+	daemon := l.open()
+	go func() {
+		time.Sleep(50 * time.Millisecond)
+		if done, err := daemon.Apply(t.Context(), town(t).Compile()); err != nil || len(done.Problems) != 0 {
+			t.Errorf("apply: %+v, %v", done, err)
+		}
+	}()
+	web, enforced := l.add(r)
+	if took := time.Since(start); enforced.State() != "enforcing" || took > 30*time.Second {
+		t.Errorf("once published it is %s after %s", enforced.State(), took)
+	}
+	l.wantWeb(web, byPolicy, byDefault)
+}
+
+func TestBind(t *testing.T) {
+	l := newLab(t)
+	apply(t, l.state, town(t).Compile())
+	r := request(l.veth("a"), webAddr)
+	r.PodUID, r.PodNamespace, r.PodName = "", "", ""
+	e, enforced := l.add(r)
+	if e.Pod != "c-a" || enforced.State() != "closed" {
+		t.Errorf("a container without a pod follows %q and is %s", e.Pod, enforced.State())
+	}
+	if err := l.state.Bind(t.Context(), r.Key, "uid-web"); err != nil {
+		t.Fatal(err)
+	}
+	if e, enforced, err := l.state.Endpoint(r.Key); err != nil || e.Pod != "uid-web" || enforced.State() != "enforcing" {
+		t.Errorf("bound it follows %q and is %s, %v", e.Pod, enforced.State(), err)
+	}
+	l.wantWeb(e, byPolicy, byDefault)
+	never := pinning.AttachmentKey{ContainerID: "never", IfName: "eth0"}
+	if err := l.state.Bind(t.Context(), never, "uid-web"); !errors.Is(err, pinning.ErrNotFound) {
+		t.Errorf("Bind of what is not there: %v", err)
+	}
+	// To a pod that nobody has published yet; its policy comes with an update.
+	c := town(t)
+	c.Compile()
+	if err := l.state.Bind(t.Context(), r.Key, "uid-late"); err != nil {
+		t.Fatal(err)
+	}
+	setPod(t, c, townPod("late", ""))
+	setPolicy(t, c, allow("late", "late", "stranger", 80))
+	apply(t, l.state, c.Compile())
+	l.wantWeb(e, byDefault, byPolicy)
+}
+
+// A pod's address is known to nobody before ADD; its class is.
+func TestAddClassifiesAddresses(t *testing.T) {
+	l := newLab(t)
+	c := town(t)
+	setPod(t, c, townPod("client", ""))
+	block := allow("blocks", "web", "nobody", 1)
+	block.Rules[policy.Ingress][0] = policy.Rule{
+		Action: policy.Allow, Ports: []policy.Port{{Protocol: policy.TCP, First: 443, Last: 443}},
+		Peers: []policy.Peer{{Block: &policy.Block{CIDR: netip.MustParsePrefix("10.9.0.0/16")}}},
+	}
+	setPolicy(t, c, block)
+	apply(t, l.state, c.Compile())
+	web, _ := l.add(request(l.veth("web"), webAddr))
+	verdicts := func(address string, at80, at443 bpf.DatapathReason) {
+		t.Helper()
+		for port, want := range map[uint16]bpf.DatapathReason{80: at80, 443: at443} {
+			if a := l.probe(web.Gate, policy.Ingress, webAddr, address, port); a.Reason != want {
+				t.Errorf("from %s to port %d: %+v, not reason %d", address, port, a, want)
+			}
+		}
+	}
+	verdicts("10.0.0.50", byDefault, byDefault)
+	verdicts("10.9.0.50", byDefault, byPolicy)
+	client, _ := l.add(request(l.veth("client"), "10.0.0.50", "10.9.0.50"))
+	verdicts("10.0.0.50", byPolicy, byDefault)
+	verdicts("10.9.0.50", byPolicy, byPolicy)
+	l.delete(client.Key)
+	verdicts("10.0.0.50", byDefault, byDefault)
+	verdicts("10.9.0.50", byDefault, byPolicy)
+	// The next owner is somebody else.
+	l.add(request(l.link("client"), "10.0.0.50"))
+	l.add(request(l.veth("stranger"), "10.0.0.50"))
+	verdicts("10.0.0.50", byDefault, byDefault)
+}
+
+func TestNodeAddresses(t *testing.T) {
+	l := newLab(t)
+	c := town(t)
+	p := allow("egress", "web", "client", 80)
+	p.Isolates, p.Rules = [2]bool{policy.Egress: true}, [2][]policy.Rule{policy.Egress: p.Rules[policy.Ingress]}
+	setPolicy(t, c, p)
+	apply(t, l.state, c.Compile())
+	web, _ := l.add(request(l.veth("web"), webAddr))
+	want := func(address string, reason bpf.DatapathReason) {
+		t.Helper()
+		if a := l.probe(web.Gate, policy.Egress, webAddr, address, 9); a.Reason != reason {
+			t.Errorf("to %s: %+v, not reason %d", address, a, reason)
+		}
+	}
+	set := func(addresses ...string) {
+		t.Helper()
+		var list []netip.Addr
+		for _, a := range addresses {
+			list = append(list, netip.MustParseAddr(a))
+		}
+		if err := l.state.SetNodeAddresses(t.Context(), list); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const first, second = "192.0.2.1", "192.0.2.2"
+	want(first, byDefault)
+	set(first, second)
+	want(first, bpf.DatapathReasonREASON_NODE)
+	want(second, bpf.DatapathReasonREASON_NODE)
+	apply(t, l.state, c.Compile())
+	set(second)
+	want(first, byDefault)
+	want(second, bpf.DatapathReasonREASON_NODE)
+	// A restarted daemon's full update leaves them alone.
+	l.state = l.open()
+	apply(t, l.state, c.Snapshot())
+	want(first, byDefault)
+	want(second, bpf.DatapathReasonREASON_NODE)
+	set()
+	want(second, byDefault)
+}
+
+func TestModeHoldsUntilPolicyIsKnown(t *testing.T) {
+	l := newLab(t)
+	r := request(l.veth("web"), webAddr)
+	r.Mode = pinning.ModeOpen
+	web, _ := l.add(r)
+	l.wantWeb(web, byOpen, byOpen)
+	c := town(t)
+	done, err := l.state.Apply(t.Context(), c.Compile())
+	if err != nil || done.Gates != 1 {
+		t.Errorf("applied is %+v, %v", done, err)
+	}
+	l.wantWeb(web, byPolicy, byDefault)
+	// The pod's object goes first; its endpoint stays as it is.
+	c.DeletePod("uid-web")
+	apply(t, l.state, c.Compile())
+	l.wantWeb(web, byPolicy, byDefault)
+}
+
+func TestWatch(t *testing.T) {
+	l := newLab(t)
+	plugin := l.open()
+	host, second := l.veth("a"), l.veth("b")
+	var fired <-chan struct{}
+	l.do(func() (err error) {
+		fired, err = l.state.Watch(t.Context())
+		return err
+	})
+	within := func(what string, f func() error) {
+		t.Helper()
+		for drained := false; !drained; {
+			select {
+			case <-fired:
+			case <-time.After(20 * time.Millisecond):
+				drained = true
+			}
+		}
+		l.do(f)
+		select {
+		case <-fired:
+		case <-time.After(10 * time.Second):
+			t.Errorf("%s went unnoticed", what)
+		}
+	}
+	add := func(r pinning.AddRequest) func() error {
+		return func() error { _, _, err := plugin.Add(t.Context(), r); return err }
+	}
+	first := request(host, "10.0.0.1")
+	within("ADD", add(first))
+	within("another ADD", add(request(second, "10.0.0.2")))
+	within("DEL", func() error { return plugin.Delete(t.Context(), first.Key) })
+	within("a lost hook", func() error { l.loseQdisc(second, pinning.Endpoint{Attach: pinning.AttachClsact}); return nil })
+	within("GC", func() error { _, err := plugin.GC(t.Context(), "net", nil); return err })
+	within("a lost interface", func() error { l.unplug(second); return nil })
+}
+
+func TestPrivate(t *testing.T) {
+	l := newLab(t)
+	addresses := []netip.Addr{netip.MustParseAddr(webAddr)}
+	if _, err := l.state.PrivateGate("uid-web", addresses); !errors.Is(err, pinning.ErrInvalid) {
+		t.Errorf("a private gate of a pinned instance: %v", err)
+	}
+	s, err := pinning.NewPrivate(t.Context(), pinning.Options{Capacity: small})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.closing(s)
+	l.state = s
+	c := town(t)
+	apply(t, s, c.Compile())
+	gate, err := s.PrivateGate("uid-web", addresses)
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := pinning.Endpoint{Gate: gate}
+	l.wantWeb(web, byPolicy, byDefault)
+	setPolicy(t, c, allow("policy", "web", "stranger", 80))
+	apply(t, s, c.Compile())
+	l.wantWeb(web, byDefault, byPolicy)
+}
