@@ -57,7 +57,7 @@ test-kernels: ## the tests that load eBPF, on kernels 5.10 to 6.18 in virtual ma
 
 .PHONY: bench
 bench: root ## benchmarks, against floors measured in the same run (as root)
-	$(GO) test -run '^$$' -bench . -timeout 30m $(BENCHFLAGS) ./test/bench
+	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m $(BENCHFLAGS) ./test/bench
 
 .PHONY: root
 root:
