@@ -336,26 +336,26 @@ func TestNodeTraffic(t *testing.T) {
 	outside := node
 	outside.v4 = netip.MustParseAddr("192.0.2.9") // an address nobody named
 	own, uplink := arrival{l.gated, 0}, arrival{l.gated, l.uplink}
-	at := func(peer host, d policy.Direction, at arrival, frame []byte, want string) {
+	at := func(d policy.Direction, at arrival, frame []byte, want string) {
 		t.Helper()
 		if got, _ := l.runAt(d, frame, at); got != want {
 			t.Errorf("direction %d: %s, not %s", d, got, want)
 		}
 	}
 	ask, answer := between(receives, outside).v4(tcp6, tcp(50000, 8080, syn)), between(sends, outside).v4(tcp6, tcp(8080, 50000, syn|ack))
-	at(outside, receives, uplink, ask, "drop default")
-	at(outside, receives, own, ask, "pass node")
-	at(outside, sends, own, answer, "pass")
-	at(outside, sends, own, between(sends, outside).v4(tcp6, tcp(8081, 50000, syn)), "drop default")
+	at(receives, uplink, ask, "drop default")
+	at(receives, own, ask, "pass node")
+	at(sends, own, answer, "pass")
+	at(sends, own, between(sends, outside).v4(tcp6, tcp(8081, 50000, syn)), "drop default")
 	// Somebody else with the node's address.
-	at(node, receives, uplink, between(receives, node).v4(tcp6, tcp(50000, 8080, syn)), "drop default")
+	at(receives, uplink, between(receives, node).v4(tcp6, tcp(50000, 8080, syn)), "drop default")
 	// The probes of the kubelet go on when policy changes.
 	l.enforce(isolation())
-	at(outside, sends, own, between(sends, outside).v4(tcp6, tcp(8080, 50000, ack)), "pass")
+	at(sends, own, between(sends, outside).v4(tcp6, tcp(8080, 50000, ack)), "pass")
 	for _, frame := range [][]byte{between(receives, node).v4(icmp4, icmp(8, 0, 7)), between(receives, node).v6(icmp58, icmp(128, 0, 7)),
 		between(receives, node).v4(udp17, udp(50000, 9000)), between(receives, node).v4(gre, nil)} {
 		l.clear()
-		at(node, receives, own, frame, "pass node")
+		at(receives, own, frame, "pass node")
 	}
 }
 

@@ -108,12 +108,12 @@ func fallsBack(insns asm.Instructions) error {
 	}
 	edges := func(i int) []edge {
 		in := &insns[i]
-		switch op := in.OpCode.JumpOp(); {
-		case op == asm.Exit:
+		switch in.OpCode.JumpOp() {
+		case asm.Exit:
 			return nil
-		case op == asm.InvalidJumpOp || op == asm.Call:
+		case asm.InvalidJumpOp, asm.Call:
 			return []edge{{i + 1, false}}
-		case op == asm.Ja:
+		case asm.Ja:
 			return []edge{{index[offsets[i]+1+asm.RawInstructionOffset(in.Offset)], true}}
 		default:
 			return []edge{{i + 1, true}, {index[offsets[i]+1+asm.RawInstructionOffset(in.Offset)], true}}

@@ -109,7 +109,7 @@ func TestAddThatCannotBe(t *testing.T) {
 				needTCX(t)
 			}
 			r := request(host, "10.0.0.1")
-			if c.want == pinning.ErrNoHook {
+			if errors.Is(c.want, pinning.ErrNoHook) {
 				l.ingress(host)
 			}
 			c.change(&r)

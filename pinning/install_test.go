@@ -215,11 +215,11 @@ func TestABI(t *testing.T) {
 		"flags":      {bpf.DatapathMapState, func(s *ebpf.MapSpec) { s.Flags = 0 }, "flags"},
 		"a field's name": {bpf.DatapathMapPeers, func(s *ebpf.MapSpec) {
 			s.Value = &btf.Struct{Name: "peer", Size: 8, Members: []btf.Member{
-				{Name: "color", Type: &btf.Int{Name: "u32", Size: 4}},
+				{Name: "colour", Type: &btf.Int{Name: "u32", Size: 4}},
 				{Name: "owner", Offset: 32, Type: &btf.Int{Name: "u16", Size: 2}},
 				{Name: "tag", Offset: 48, Type: &btf.Int{Name: "u16", Size: 2}},
 			}}
-		}, "color"},
+		}, "colour"},
 		"fields swapped": {bpf.DatapathMapRuleCounters, func(s *ebpf.MapSpec) {
 			u64 := &btf.Int{Name: "u64", Size: 8}
 			s.Value = &btf.Struct{Name: "counter", Size: 16, Members: []btf.Member{
