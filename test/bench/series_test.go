@@ -6,6 +6,7 @@
 package bench
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"os"
@@ -110,13 +111,13 @@ func digits(unit time.Duration) int {
 // report prints a table for people and the same as benchmark results for tools.
 func report(b *testing.B, title string, unit time.Duration, all []*series) {
 	b.Helper()
-	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "\n%s, %v\tmedian\tp10\tp90\tagainst\tis\ttarget\t\n", title, unit.String()[1:])
+	rows := []string{fmt.Sprintf("\n%s, %s\tmedian\tp10\tp90\tagainst\tis\ttarget\t", title, unit.String()[1:])}
 	for _, s := range all {
-		fmt.Fprintln(w, s.row(unit))
+		rows = append(rows, s.row(unit))
 	}
-	fmt.Fprintln(w)
-	if err := w.Flush(); err != nil {
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	_, err := fmt.Fprintln(w, strings.Join(rows, "\n")+"\n")
+	if err := errors.Join(err, w.Flush()); err != nil {
 		b.Fatal(err)
 	}
 	for _, s := range all {
