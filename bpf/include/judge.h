@@ -36,7 +36,7 @@ static __always_inline __u16 address_tag(const struct address *a)
  * The interval of a cell that at falls into, as action << 32 | rule, or one of
  * the CELL_ answers.
  */
-__noinline __u64 find_interval(__u32 ruleset, __u32 class, __u32 at)
+static __always_inline __u64 find_interval(__u32 ruleset, __u32 class, __u32 at)
 {
 	struct cell_key key = { .ruleset = ruleset, .class = class };
 	struct cell *cell = bpf_map_lookup_elem(&cells, &key);
@@ -87,20 +87,12 @@ static __always_inline int settle(struct judgement *j, __u8 action, __u8 reason)
 	return action & 1;
 }
 
-/*
- * The class of an address as a struct peer in one u64; 0 for everyone else.
- * quoted picks the packet in scratch.
- */
-__noinline __u64 classify(__u32 quoted)
+/* The class of an address as a struct peer in one u64; 0 for everyone else. */
+static __always_inline __u64 classify(const struct address *a)
 {
 	struct block_key block = { .prefixlen = 128 };
-	struct scratch *s = scratch_get();
-	struct address *a;
 	__u64 *found, value;
 
-	if (!s)
-		return PEER_UNKNOWN;
-	a = quoted ? &s->quoted.key.peer : &s->packet.key.peer;
 	/*
 	 * The value of a hash element may be recycled for another key while
 	 * it is read; the tag tells. An updated key is never missing.
@@ -137,7 +129,7 @@ __noinline __u64 classify(__u32 quoted)
 __noinline int judge(__u32 ruleset_id, __u32 how)
 {
 	struct scratch *s = scratch_get();
-	__u32 dir = HOW_DIR(how), at;
+	__u32 dir = HOW_DIR(how), class, at;
 	const struct flow_key *key;
 	struct ruleset *ruleset;
 	struct judgement *j;
@@ -155,10 +147,11 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 		return settle(j, ACTION_ALLOW, REASON_NODE);
 	if (address_equal(&key->local, &key->peer))
 		return settle(j, ACTION_ALLOW, REASON_SELF);
-	peer = classify(HOW_QUOTED(how));
+	peer = classify(&key->peer);
 	if (peer == PEER_UNKNOWN)
 		return settle(j, ACTION_DENY, REASON_TABLE);
-	j->class = (__u32)peer & ~PEER_NODE;
+	class = (__u32)peer & ~PEER_NODE;
+	j->class = class;
 	j->owner = peer >> 32;
 	if (ruleset_id == RULESET_OPEN)
 		return settle(j, ACTION_ALLOW, REASON_OPEN);
@@ -176,9 +169,9 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 	else
 		at |= dir == DIRECTION_EGRESS ? key->peer_port :
 						key->local_port;
-	found = find_interval(ruleset_id, j->class, at);
+	found = find_interval(ruleset_id, class, at);
 	if (found == CELL_ABSENT && (ruleset->flags & RULESET_ANY_PEER) &&
-	    j->class)
+	    class)
 		found = find_interval(ruleset_id, 0, at);
 	if (found == CELL_RECYCLED)
 		return settle(j, ACTION_DENY, REASON_TABLE);
