@@ -405,6 +405,7 @@ type DatapathScratch struct {
 	Flow    DatapathFlow
 	Tick    uint64
 	TickNs  uint64
+	Dropped uint64
 	Records uint32
 	_       [4]byte
 }

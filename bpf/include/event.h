@@ -5,6 +5,7 @@
 
 #include <bpf/bpf_helpers.h>
 
+#include "conntrack.h"
 #include "maps.h"
 #include "packet.h"
 
@@ -68,6 +69,22 @@ static __always_inline __u64 tick_ns(struct scratch *s)
 }
 
 /*
+ * Is the drop in scratch the same as the one before it, within a tick? A flood
+ * of one kind of packet is told once a tick, and counted all the same: it must
+ * not push what others did out of the ring.
+ */
+static __always_inline bool repeats(struct scratch *s, __u32 dir)
+{
+	__u64 identity =
+		flow_identity(&s->packet.key) +
+		((__u64)s->judgement.reason << 1 | dir) * 0x9fb21c651e98df25ULL;
+	bool same = s->tick == bpf_jiffies64() && s->dropped == identity;
+
+	s->dropped = identity;
+	return same;
+}
+
+/*
  * Records what scratch holds. A forced wake-up costs fifty times the record
  * itself, so the consumer polls and is woken only when much has gathered, and
  * never for each record: it may be too slow for all of them.
@@ -84,6 +101,8 @@ __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
 		return 0;
 	p = &s->packet;
 	j = &s->judgement;
+	if (type == EVENT_DROP && repeats(s, dir))
+		return 0;
 	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e) {
 		__u32 zero = 0;

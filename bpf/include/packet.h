@@ -98,6 +98,7 @@ struct scratch {
 
 	__u64 tick; /* jiffies when this CPU last asked a clock for a drop */
 	__u64 tick_ns;
+	__u64 dropped; /* identity of this CPU's last drop in that tick */
 	__u32 records; /* this CPU put into the ring */
 };
 
