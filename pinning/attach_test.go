@@ -7,6 +7,7 @@ package pinning_test
 
 import (
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -413,13 +414,7 @@ func TestRepairSweeps(t *testing.T) {
 		orphan, _ := l.add(r)
 		// A record that is lost leaves links, a gate and sources.
 		endpoints := l.pinned(bpf.DatapathMapEndpoints)
-		var key bpf.DatapathAttachment
-		for i, c := range []byte(orphan.Key.ContainerID) {
-			key.ContainerId[i] = int8(c)
-		}
-		for i, c := range []byte(orphan.Key.IfName) {
-			key.Ifname[i] = int8(c)
-		}
+		key := wireKey(orphan.Key)
 		if err := endpoints.Delete(&key); err != nil {
 			t.Fatal(err)
 		}
@@ -434,6 +429,76 @@ func TestRepairSweeps(t *testing.T) {
 			}
 		}
 	})
+}
+
+// rewrite changes what a map has for one key.
+func rewrite[K, V any](l *lab, name string, k K, change func(*V)) {
+	l.t.Helper()
+	m := l.pinned(name)
+	var v V
+	if err := m.Lookup(&k, &v); err != nil {
+		l.t.Fatal(err)
+	}
+	change(&v)
+	if err := m.Put(&k, &v); err != nil {
+		l.t.Fatal(err)
+	}
+}
+
+func wireKey(k pinning.AttachmentKey) (w bpf.DatapathAttachment) {
+	for i, c := range []byte(k.ContainerID) {
+		w.ContainerId[i] = int8(c)
+	}
+	for i, c := range []byte(k.IfName) {
+		w.Ifname[i] = int8(c)
+	}
+	return w
+}
+
+// An ADD that died has its record, and maybe no hooks; one that is at it is
+// left alone.
+func TestRepairAfterADeadAdd(t *testing.T) {
+	l := newLab(t)
+	host := l.veth("a")
+	r := request(host, "10.0.0.1")
+	e, _ := l.add(r)
+	l.loseHooks(host, e)
+	rewrite(l, bpf.DatapathMapEndpoints, wireKey(e.Key), func(v *bpf.DatapathEndpoint) { v.Attach = uint8(pinning.AttachAuto) })
+	if done := l.repair(); len(done) != 0 {
+		t.Errorf("of an ADD that is at it, repaired is %v", done)
+	}
+	rewrite(l, bpf.DatapathMapEndpoints, wireKey(e.Key), func(v *bpf.DatapathEndpoint) {
+		v.CreatedNs = uint64(time.Now().Add(-time.Hour).UnixNano())
+	})
+	if done := l.repair(); len(done) != 1 || done[0].Endpoint != e.Key {
+		t.Errorf("repaired is %v", done)
+	}
+	if err := l.check(e.Key, r.Endpoint); err != nil {
+		t.Error(err)
+	}
+	l.judges(e, host, 4, nil)
+}
+
+func TestRepairEndsOldClaims(t *testing.T) {
+	l := newLab(t)
+	k := pinning.AttachmentKey{ContainerID: "never", IfName: "eth0"}
+	old, young := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("10.0.0.2")
+	if err := l.state.Claim(t.Context(), k, []netip.Addr{old, young}); err != nil {
+		t.Fatal(err)
+	}
+	used, _ := l.add(request(l.veth("a"), "10.0.0.3"))
+	for _, a := range []netip.Addr{old, used.Addresses[0]} {
+		rewrite(l, bpf.DatapathMapClaims, bpf.DatapathAddress{Bytes: a.As16()}, func(v *bpf.DatapathClaim) {
+			v.CreatedNs = uint64(time.Now().Add(-time.Hour).UnixNano())
+		})
+	}
+	l.repair()
+	if n := l.holdings()[bpf.DatapathMapClaims]; n != 2 {
+		t.Errorf("%d claims are left, not those of an endpoint and a young one", n)
+	}
+	if err := l.check(used.Key, used); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestUpgrade(t *testing.T) {

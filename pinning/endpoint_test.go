@@ -8,6 +8,7 @@ package pinning_test
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -15,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/policy"
@@ -465,4 +468,61 @@ func TestClaimAndRelease(t *testing.T) {
 		t.Fatal(err)
 	}
 	claims(1) // it is b's by now
+}
+
+// An attachment may come with several interfaces; the runtime knows one.
+func TestSeveralInterfaces(t *testing.T) {
+	l := newLab(t)
+	request3 := func() (keys []pinning.AttachmentKey) {
+		for i, name := range []string{"a", "b", "c"} {
+			r := request(l.link(name), fmt.Sprintf("10.0.0.%d", i+1))
+			r.Key = pinning.AttachmentKey{ContainerID: "c", IfName: []string{"eth0", "eth1", "net1"}[i]}
+			r.CNIIfName = []string{"eth0", "eth0", "net1"}[i]
+			l.add(r)
+			keys = append(keys, r.Key)
+		}
+		return keys
+	}
+	there := func(k pinning.AttachmentKey, want bool) {
+		t.Helper()
+		if _, _, err := l.state.Endpoint(k); errors.Is(err, pinning.ErrNotFound) == want {
+			t.Errorf("%s: %v", k, err)
+		}
+	}
+	for _, name := range []string{"a", "b", "c"} {
+		l.veth(name)
+	}
+	keys := request3()
+	l.delete(keys[0])
+	there(keys[0], false)
+	there(keys[1], false)
+	there(keys[2], true)
+	request3()
+	l.do(func() error {
+		removed, err := l.state.GC(t.Context(), "net", map[pinning.AttachmentKey]struct{}{keys[0]: {}})
+		if !slices.Equal(removed, keys[2:]) {
+			t.Errorf("removed are %v", removed)
+		}
+		return err
+	})
+	there(keys[0], true)
+	there(keys[1], true)
+	there(keys[2], false)
+}
+
+// The main plugin may have given the node an address a moment ago.
+func TestAddLearnsNodeAddresses(t *testing.T) {
+	l := newLab(t)
+	host := l.veth("a")
+	l.do(func() error {
+		return netlink.AddrAdd(host, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 0, 2, 1), Mask: net.CIDRMask(24, 32)}})
+	})
+	e, _ := l.add(request(host, "10.0.0.1"))
+	for address, want := range map[string]bpf.DatapathReason{
+		"192.0.2.1": bpf.DatapathReasonREASON_NODE, "192.0.2.2": bpf.DatapathReasonREASON_CLOSED,
+	} {
+		if a := l.probe(e.Gate, policy.Egress, "10.0.0.1", address, 80); a.Reason != want {
+			t.Errorf("to %s: %+v", address, a)
+		}
+	}
 }
