@@ -348,13 +348,13 @@ func (s *street) enforce(p policy.Policy) {
 // expect says what becomes of traffic; nil or timed out, never refused.
 func (s *street) expect(what string, allowed bool, err error) {
 	s.t.Helper()
-	var timeout net.Error
+	var silence net.Error
 	switch {
 	case allowed && err != nil:
 		s.t.Errorf("%s does not get through: %v", what, err)
 	case !allowed && err == nil:
 		s.t.Errorf("%s gets through", what)
-	case !allowed && !(errors.As(err, &timeout) && timeout.Timeout()):
+	case !allowed && (!errors.As(err, &silence) || !silence.Timeout()):
 		s.t.Errorf("%s is not dropped in silence: %v", what, err)
 	}
 }
