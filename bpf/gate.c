@@ -60,13 +60,13 @@ __noinline int unusual(struct __sk_buff *skb, __u32 where)
 	case SHAPE_FRAGMENT:
 		if (recall_fragment(dir))
 			return CONTINUE;
-		if (spoofs(gate, &s->packet, dir))
+		if (spoofs(skb, gate, &s->packet, dir))
 			return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
 		if (ruleset == RULESET_OPEN)
 			break;
 		return refuse_for(skb, REASON_FRAGMENT, where);
 	case SHAPE_ERROR:
-		if (spoofs(gate, &s->packet, dir) || !related(skb, where))
+		if (spoofs(skb, gate, &s->packet, dir) || !related(skb, where))
 			return judge_stateless(skb, where);
 		if (s->packet.first_fragment)
 			remember_fragment(dir);
@@ -201,7 +201,7 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 	p = &s->packet;
 	j = &s->judgement;
 	rulesets = gate_rulesets(gate);
-	if (spoofs(gate, p, dir))
+	if (spoofs(skb, gate, p, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
 	if (tcp_opens(p->tcp_flags)) {
 		/* No flow lets in a SYN that would not get in by itself. */
@@ -334,7 +334,7 @@ __noinline int probe(struct __sk_buff *skb, __u32 dir)
 	s->packet.key.endpoint = gate->endpoint;
 	if (s->packet.shape == SHAPE_BAD)
 		j->reason = s->packet.reason;
-	else if (spoofs(gate, &s->packet, dir))
+	else if (spoofs(skb, gate, &s->packet, dir))
 		j->reason = REASON_SPOOFED_ADDRESS;
 	else
 		judge(ruleset_of(gate_rulesets(gate), dir),

@@ -308,8 +308,10 @@ func addressShapes() []shape {
 		{"outside", friend, as(func(p *path) { peer(p).v4 = netip.MustParseAddr("192.0.2.1") }, with4(tcp6, web)), []string{"drop default"}},
 		{"node", node, with4(tcp6, tcp(40000, 81, syn)), []string{"drop default", "pass node"}},
 		{"node v6", node, with6(tcp6, tcp(40000, 81, syn)), []string{"drop default", "pass node"}},
-		{"itself", pod, with4(tcp6, tcp(40000, 81, syn)), []string{"pass self"}},
-		{"itself v6", pod, with6(tcp6, tcp(40000, 81, syn)), []string{"pass self"}},
+		{"itself", pod, with4(tcp6, tcp(40000, 81, syn)), []string{"drop spoofed-address", "pass self"}},
+		{"itself v6", pod, with6(tcp6, tcp(40000, 81, syn)), []string{"drop spoofed-address", "pass self"}},
+		{"itself, fragment", pod, with6(fragmented, fragment6(tcp6, 7, 24, false, web)), []string{"drop spoofed-address", "drop fragment"}},
+		{"itself, error", pod, with6(icmp58, icmp(1, 4, 0)), []string{"drop spoofed-address", "pass"}},
 	}
 }
 
@@ -588,6 +590,23 @@ func TestGates(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What a pod sends to itself may come back through its own port, as hairpins
+// do, and nowhere else.
+func TestHairpin(t *testing.T) {
+	l := newLab(t).isolated()
+	for family, frame := range map[string][]byte{
+		"v4": path{pod, pod}.v4(tcp6, tcp(40000, 81, syn)), "v6": path{pod, pod}.v6(tcp6, tcp(40000, 81, syn)),
+	} {
+		if got, _ := l.runAt(policy.Ingress, frame, arrival{l.gated, l.gated}); got != "pass self" {
+			t.Errorf("%s through its own port: %s", family, got)
+		}
+		l.clear()
+		if got, _ := l.runAt(policy.Ingress, frame, arrival{l.gated, l.uplink}); got != "drop spoofed-address" {
+			t.Errorf("%s through another: %s", family, got)
+		}
 	}
 }
 

@@ -166,12 +166,19 @@ static __always_inline int check_neighbour(struct __sk_buff *skb,
 	return spoof ? spoofs_nd(skb, where) : 0;
 }
 
-/* Is the source address one that the endpoint may not use? */
-static __always_inline bool spoofs(struct gate *gate, const struct packet *p,
-				   __u32 dir)
+/*
+ * Is the source address one that the sender may not use? Not even the pod's
+ * own comes in from elsewhere: IPv6 stacks take such packets.
+ */
+static __always_inline bool spoofs(struct __sk_buff *skb, struct gate *gate,
+				   const struct packet *p, __u32 dir)
 {
-	return dir == DIRECTION_EGRESS && (gate->flags & GATE_ANTI_SPOOF) &&
-	       !is_own(gate, &p->key.local) && !is_dhcp(p);
+	if (!(gate->flags & GATE_ANTI_SPOOF))
+		return false;
+	if (dir == DIRECTION_EGRESS)
+		return !is_own(gate, &p->key.local) && !is_dhcp(p);
+	return address_equal(&p->key.local, &p->key.peer) &&
+	       skb->ingress_ifindex && skb->ingress_ifindex != skb->ifindex;
 }
 
 /* Source MAC of what leaves the pod, target MAC of what reaches it. */

@@ -205,7 +205,7 @@ __noinline int judge_stateless(struct __sk_buff *skb, __u32 where)
 
 	if (!s || !gate)
 		return TC_ACT_SHOT;
-	if (spoofs(gate, &s->packet, dir))
+	if (spoofs(skb, gate, &s->packet, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
 	judge(ruleset_of(gate_rulesets(gate), dir),
 	      HOW(dir, from_node(skb, dir), false,
