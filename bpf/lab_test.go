@@ -37,6 +37,7 @@ type lab struct {
 	drops    *ebpf.Map
 	// counted is what drop counters should be by the events so far.
 	counted []uint64
+	last    int // counter of the last drop
 	opened  map[string]*ebpf.Map
 
 	gated, uplink int
@@ -267,7 +268,8 @@ func (l *lab) runAt(d policy.Direction, frame []byte, at arrival) (string, *flow
 	})
 	event := l.event()
 	if event != nil && event.Verdict == flow.Denied {
-		l.counted[int(event.Reason)*2+int(d)]++
+		l.last = int(event.Reason)*2 + int(d)
+		l.counted[l.last]++
 	}
 	outcome := map[int32]string{-1: "pass", 2: "drop"}[int32(answer)]
 	if outcome == "" {
@@ -281,18 +283,31 @@ func (l *lab) runAt(d policy.Direction, frame []byte, at arrival) (string, *flow
 	case event != nil:
 		outcome += " " + event.Reason.String()
 	case outcome == "drop":
-		after := l.dropped()
-		for i, n := range after {
-			if n != l.counted[i] {
-				outcome += " " + flow.Reason(i/2).String()
-			}
-		}
-		l.counted = after
+		outcome += l.untold()
 	}
 	if event != nil && (event.Verdict == flow.Denied) != (int32(answer) == 2) {
 		l.t.Errorf("the program answers %d, its event says %s", int32(answer), event.Verdict)
 	}
 	return outcome, event
+}
+
+// untold is the reason of a drop that made no event, by the counters: those
+// like the one before it are told once a tick.
+func (l *lab) untold() (reasons string) {
+	l.t.Helper()
+	if l.dropsOf(l.last) == l.counted[l.last]+1 {
+		l.counted[l.last]++
+		return " " + flow.Reason(l.last/2).String()
+	}
+	after := l.dropped()
+	for i, n := range after {
+		if n != l.counted[i] {
+			reasons += " " + flow.Reason(i/2).String()
+			l.last = i
+		}
+	}
+	l.counted = after
+	return reasons
 }
 
 // event takes the one record that a packet may have made.
@@ -324,15 +339,21 @@ func (l *lab) dropped() []uint64 {
 	l.t.Helper()
 	out := make([]uint64, l.drops.MaxEntries())
 	for i := range out {
-		var perCPU []bpf.DatapathCounter
-		if err := l.drops.Lookup(uint32(i), &perCPU); err != nil {
-			l.t.Fatal(err)
-		}
-		for _, c := range perCPU {
-			out[i] += c.Packets
-		}
+		out[i] = l.dropsOf(i)
 	}
 	return out
+}
+
+func (l *lab) dropsOf(index int) (n uint64) {
+	l.t.Helper()
+	var perCPU []bpf.DatapathCounter
+	if err := l.drops.Lookup(uint32(index), &perCPU); err != nil {
+		l.t.Fatal(err)
+	}
+	for _, c := range perCPU {
+		n += c.Packets
+	}
+	return n
 }
 
 // flows are the tracked ones of the pod in use, as "egress 40000>80 new".
