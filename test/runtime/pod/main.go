@@ -57,7 +57,10 @@ func dial(address string) error {
 
 func fail(err error) {
 	fmt.Fprintln(os.Stderr, "pod:", err)
-	if errors.Is(err, os.ErrDeadlineExceeded) {
+	// A connect that runs out of time fails in one of two ways, by its
+	// context's end or by the socket's: only Timeout is true of both.
+	var timeout net.Error
+	if errors.As(err, &timeout) && timeout.Timeout() {
 		os.Exit(2)
 	}
 	os.Exit(1)
