@@ -270,6 +270,8 @@ func (d *Daemon) refresh(ctx context.Context) {
 	d.problems.replace("inventory", d.inventory.Update(d.compiler))
 	update := d.compiler.Compile()
 	if d.stale {
+		// What is retired may be what had no room.
+		d.compiler.Compact()
 		update = d.compiler.Snapshot()
 	}
 	d.bind(ctx)
