@@ -51,16 +51,47 @@ func (s *State) Add(ctx context.Context, r AddRequest) (Endpoint, Enforcement, e
 		return Endpoint{}, Enforcement{}, err
 	}
 	if e.Attach, err = s.attach(e.ID, e.HostIfindex, r.Attach); err == nil {
-		err = s.record(&e)
-	}
-	if err == nil {
-		err = s.changed()
+		err = s.locked(ctx, func() error { return s.confirm(&e) })
 	}
 	if err != nil {
-		undo := s.locked(ctx, func() error { return s.delete(r.Key) })
+		undo := s.locked(ctx, func() error { return s.undo(&e) })
 		return Endpoint{}, Enforcement{}, errors.Join(err, undo)
 	}
 	return e, s.await(ctx, e, r.Wait), nil
+}
+
+// confirm records how an endpoint is attached, unless it was deleted meanwhile.
+func (s *State) confirm(e *Endpoint) error {
+	if now, _, err := s.Endpoint(e.Key); err != nil {
+		return err
+	} else if now.ID != e.ID {
+		return fmt.Errorf("endpoint %s: %w: another ADD replaced it", e.Key, ErrDiffers)
+	}
+	if err := s.record(e); err != nil {
+		return err
+	}
+	return s.changed()
+}
+
+// undo removes an endpoint whose ADD failed after its gate was made. One that
+// somebody deleted or replaced meanwhile has left its hooks behind.
+func (s *State) undo(e *Endpoint) error {
+	now, _, err := s.Endpoint(e.Key)
+	if err == nil && now.ID == e.ID {
+		return s.delete(e.Key)
+	}
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	errs := []error{s.detachTCX(e.ID)}
+	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
+		errs = append(errs, s.detachClsact(e.HostIfindex))
+	}
+	return errors.Join(errs...)
 }
 
 func (s *State) add(r AddRequest) (Endpoint, error) {
