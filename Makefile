@@ -1,8 +1,8 @@
 # Copyright The podgate Authors
 # SPDX-License-Identifier: Apache-2.0
 
-# Everything but `generate`, `check-generated`, `lint` and `test-kernels` needs
-# Go and make only: the eBPF objects are committed.
+# `build`, `test`, `test-unit`, `demo` and `bench` need Go and make only: the
+# eBPF objects are committed.
 
 GO        ?= go
 BPF_CLANG ?= clang-19
@@ -48,8 +48,13 @@ test: root ## all tests (as root)
 	done
 
 .PHONY: test-unit
-test-unit: ## the tests that need no root
-	$(GO) test -short $(TESTFLAGS) ./...
+test-unit: ## the tests that need no root; the others skip themselves
+	$(GO) test $(TESTFLAGS) ./...
+
+# What has goroutines of its own. The detector wants a C compiler.
+.PHONY: test-race
+test-race: root ## the daemon's tests under the race detector (as root)
+	CGO_ENABLED=1 $(GO) test -race $(TESTFLAGS) ./syncd/... ./cmd/podgate ./pinning
 
 .PHONY: test-kernels
 test-kernels: ## the tests that load eBPF, on kernels 5.10 to 6.18 in virtual machines
