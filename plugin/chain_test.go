@@ -17,6 +17,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -46,12 +47,21 @@ func permutations() map[string][]string {
 	return orders
 }
 
+// neighbourTools are the programs that neighbours run, and that show what they
+// have done.
+func neighbourTools() map[string][]string {
+	return map[string][]string{"bandwidth": {"tc"}, "firewall": {"iptables"}, "portmap": {"iptables"}}
+}
+
 // Whatever the order, the chain works through all verbs, the gate is closed or
 // open as configured, and the neighbours' work is done.
 func TestChainOrder(t *testing.T) {
 	for name, order := range permutations() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
+			for _, n := range order {
+				need.Tools(t, neighbourTools()[n]...)
+			}
 			l := newLab(t)
 			capabilities := map[string]any{
 				"portMappings": []any{map[string]any{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}},

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 
 	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -145,6 +146,7 @@ func TestInterfaceWithoutHostVeth(t *testing.T) {
 	for name, make := range map[string]func(*lab) *netlab.Pod{
 		"macvlan": func(l *lab) *netlab.Pod {
 			p := newPod(l)
+			need.Tools(l.t, "ip")
 			l.exec("ip", "link", "add", "up0", "type", "veth", "peer", "name", "up1")
 			list := chain("1.1.0", netlab.Plugin{"type": "macvlan", "master": "up0", "ipam": l.HostLocal("10.83.0.0/24")})
 			if _, err := l.Add(l.t.Context(), list, p); err != nil {
@@ -155,11 +157,13 @@ func TestInterfaceWithoutHostVeth(t *testing.T) {
 		"veth whose peer is in another namespace": func(l *lab) *netlab.Pod {
 			p, other := newPod(l), newPod(l)
 			l.vethPair(p, "eth0", "10.84.0.2/24")
+			need.Tools(l.t, "ip")
 			l.exec("ip", "link", "set", "xeth0", "netns", other.NetNS())
 			return p
 		},
 		"veth whose peer is in the pod": func(l *lab) *netlab.Pod {
 			p := newPod(l)
+			need.Tools(l.t, "ip")
 			if _, err := p.Exec(l.t.Context(), "ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0p"); err != nil {
 				l.t.Fatal(err)
 			}

@@ -21,6 +21,7 @@ import (
 	cniversion "github.com/containernetworking/cni/pkg/version"
 
 	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -180,6 +181,7 @@ func TestDelIsIdempotent(t *testing.T) {
 			l.silent(l.call("DEL", e, config(l)))
 		},
 		"after the interface is gone": func(l *lab, p *netlab.Pod) {
+			need.Tools(l.t, "ip")
 			if _, err := p.Exec(l.t.Context(), "ip", "link", "del", p.IfName); err != nil {
 				l.t.Fatal(err)
 			}
@@ -346,9 +348,11 @@ func TestCheckFindsWhatIsGone(t *testing.T) {
 			}
 		}, codeCheck, "eth0"},
 		"hooks": {func(l *lab, p *netlab.Pod) {
+			need.Tools(l.t, "tc")
 			l.exec("tc", "qdisc", "del", "dev", l.hostVeth(p), "clsact")
 		}, codeCheck, "eth0"},
 		"interface": {func(l *lab, p *netlab.Pod) {
+			need.Tools(l.t, "ip")
 			if _, err := p.Exec(l.t.Context(), "ip", "link", "del", "eth0"); err != nil {
 				l.t.Fatal(err)
 			}

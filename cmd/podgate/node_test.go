@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podgate/podgate/test/need"
 )
 
 const (
@@ -329,6 +331,7 @@ func testRepair(t *testing.T, l *lab) {
 	if out := l.ok(0, "repair"); out != "nothing to repair\n" {
 		t.Errorf("repair prints %q", out)
 	}
+	need.Tools(t, "tc")
 	out, err := l.node.Exec(t.Context(), "tc", "qdisc", "show")
 	if err != nil {
 		t.Fatal(err)

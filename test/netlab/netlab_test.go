@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/podgate/podgate/test/need"
 )
 
 func newTestNode(t *testing.T) *Node {
@@ -74,6 +76,7 @@ func TestPodsTalkOverTheBridge(t *testing.T) {
 			t.Errorf("network namespace of %s is still there: %v", p.Name, err)
 		}
 	}
+	need.Tools(t, "ip")
 	out, err := n.Exec(t.Context(), "ip", "-o", "link", "show", "type", "veth")
 	if err != nil {
 		t.Fatal(err)
@@ -107,6 +110,7 @@ func connect(t *testing.T, server, client *Pod, address string) {
 }
 
 func TestNodesDoNotMeet(t *testing.T) {
+	need.Tools(t, "ip")
 	a, b := newTestNode(t), newTestNode(t)
 	if err := os.Mkdir(filepath.Join(a.BPFFS, "mark"), 0o700); err != nil {
 		t.Fatal(err)

@@ -5,7 +5,6 @@
 // of its own, spoken to as the kubelet does (CRI), that runs pods from an image
 // made here. Nothing is pulled.
 //
-// It is a module of its own because it speaks gRPC, and needs containerd, ctr
-// and runc on the machine: Debian's containerd and runc will do. Without
-// containerd it is skipped, unless PODGATE_TEST_CONTAINERD is "required".
+// It is a module of its own because it speaks gRPC. Debian's containerd and
+// runc will do.
 package runtime

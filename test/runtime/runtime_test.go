@@ -19,6 +19,7 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -49,7 +50,10 @@ spec:
 // TestContainerd runs pods under policy without a daemon: what podgate sync
 // published once is what ADD finds.
 func TestContainerd(t *testing.T) {
-	requireContainerd(t)
+	if os.Getuid() != 0 {
+		t.Skip("containers need root")
+	}
+	need.Tools(t, "containerd", "ctr", "runc")
 	bin := build(t)
 	node, err := netlab.New(netlab.Options{Plugins: bin})
 	if err != nil {
@@ -106,20 +110,6 @@ func TestContainerd(t *testing.T) {
 	}
 	if left := endpoints(t, podgate); len(left) > 0 {
 		t.Errorf("endpoints after all pods were removed: %q", left)
-	}
-}
-
-func requireContainerd(t *testing.T) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("containers need root")
-	}
-	_, err := exec.LookPath("containerd")
-	switch {
-	case err != nil && os.Getenv("PODGATE_TEST_CONTAINERD") == "required":
-		t.Fatal(err)
-	case err != nil:
-		t.Skipf("no containerd on this machine: %v", err)
 	}
 }
 
