@@ -6,6 +6,7 @@ package source
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"path/filepath"
 	"time"
 
@@ -59,8 +60,12 @@ func (w *watcher) follow(folders map[string]string) {
 	w.err = nil
 	for path, only := range folders {
 		if err := w.fs.Add(path); err != nil {
-			w.err = err
 			delete(w.followed, path)
+			if errors.Is(err, fs.ErrNotExist) {
+				w.again = true // Gone since the look that found it.
+			} else {
+				w.err = err
+			}
 			continue
 		}
 		if was, ok := w.followed[path]; !ok || was != only {
