@@ -26,6 +26,24 @@ type MapUsage struct {
 	Used  int    `json:"used"`
 	Max   uint32 `json:"max"`
 	Bytes uint64 `json:"bytes"`
+	// Evicts says that the kernel makes room for what is new by dropping what
+	// was used least recently.
+	Evicts bool `json:"evicts,omitempty"`
+}
+
+// How full a map is, in percent, when somebody should hear of it, and when it
+// is about to close endpoints.
+const (
+	FillWarning = 80
+	FillUrgent  = 95
+)
+
+// Full is how full the map is in percent; -1 if that is not known.
+func (u MapUsage) Full() int {
+	if u.Used < 0 || u.Max == 0 {
+		return -1
+	}
+	return int(uint64(u.Used) * 100 / uint64(u.Max))
 }
 
 // Usage of the pinned maps, by name.
@@ -36,7 +54,7 @@ func (s *State) Usage() ([]MapUsage, error) {
 		if err != nil {
 			return nil, err
 		}
-		u := MapUsage{Name: name, Used: -1, Max: m.MaxEntries()}
+		u := MapUsage{Name: name, Used: -1, Max: m.MaxEntries(), Evicts: m.Type() == ebpf.LRUHash}
 		if info, err := m.Info(); err == nil {
 			u.Bytes, _ = info.Memlock()
 		}

@@ -21,6 +21,7 @@ import (
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd/inventory"
+	"github.com/podgate/podgate/syncd/metrics"
 	"github.com/podgate/podgate/syncd/nodeaddr"
 	"github.com/podgate/podgate/syncd/source"
 	"github.com/podgate/podgate/syncd/status"
@@ -35,6 +36,8 @@ type State interface {
 	Repair(ctx context.Context) ([]pinning.Repaired, error)
 	Upgrade(ctx context.Context) (bool, error)
 	Watch(ctx context.Context) (<-chan struct{}, error)
+	Enforcement(ep pinning.Endpoint) (pinning.Enforcement, error)
+	Usage() ([]pinning.MapUsage, error)
 }
 
 // Options of a [Daemon]. Zero durations mean the defaults.
@@ -49,7 +52,7 @@ type Options struct {
 	// fills in what it knows better: process, version, place.
 	Report func(status.Status)
 	// Metrics may be nil.
-	Metrics *Metrics
+	Metrics *metrics.Daemon
 	Logger  *slog.Logger
 
 	// Grace is how long what an update replaced is kept, for packets under way
@@ -83,6 +86,9 @@ type Daemon struct {
 	// stale says that the state may miss something the compiler told before.
 	stale bool
 	retry time.Duration
+	// pending is how many revisions of the source the state does not have yet.
+	pending int
+	fill    fill
 }
 
 // New is a daemon that has not begun.
@@ -97,7 +103,7 @@ func New(opts Options) *Daemon {
 		opts.Report = func(status.Status) {}
 	}
 	if opts.Metrics == nil {
-		opts.Metrics = NewMetrics()
+		opts.Metrics = metrics.NewDaemon()
 	}
 	if opts.Logger == nil {
 		opts.Logger = slog.New(slog.DiscardHandler)
@@ -109,6 +115,7 @@ func New(opts Options) *Daemon {
 		compiler:  policy.NewCompiler(),
 		problems:  newProblems(opts.Logger),
 		retry:     opts.Retry,
+		fill:      newFill(opts.Logger),
 	}
 }
 
@@ -183,6 +190,7 @@ func (d *Daemon) followNode(ctx context.Context, addrs chan<- []netip.Addr, fail
 // loop is the only goroutine that touches the daemon.
 func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-chan []netip.Addr, failures <-chan error) {
 	d.upgrade(ctx)
+	d.measure(ctx)
 	changes := d.watch(ctx)
 	var (
 		// Nothing is compiled before the source has said everything once:
@@ -223,6 +231,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 				changes = d.watch(ctx)
 			}
 			d.repair(ctx)
+			d.measure(ctx)
 		case <-retry:
 		case <-compact:
 			compact = nil
@@ -259,6 +268,8 @@ func (d *Daemon) watch(ctx context.Context) <-chan struct{} {
 func (d *Daemon) take(b source.Batch) {
 	d.inventory.Apply(b)
 	d.problems.replace("source", b.Problems)
+	d.opts.Metrics.RevisionReceived()
+	d.pending++
 }
 
 // refresh brings the state up to date with the objects noted and the endpoints
@@ -279,7 +290,7 @@ func (d *Daemon) refresh(ctx context.Context) {
 	case !isEmpty(&update):
 		d.apply(ctx, update)
 	case !d.stale:
-		d.synced = time.Now()
+		d.caughtUp()
 	}
 }
 
@@ -354,7 +365,7 @@ func (d *Daemon) apply(ctx context.Context, update policy.Update) {
 	if err != nil {
 		failed = append(failed, err)
 	}
-	d.opts.Metrics.applied(time.Since(began), len(failed) == 0)
+	d.opts.Metrics.Applied(time.Since(began), len(failed) == 0)
 	d.log.Info("applied", "full", update.Full, "rulesets", applied.Rulesets, "cells", applied.Cells,
 		"peers", applied.Peers, "gates", applied.Gates, "problems", len(failed), "took", time.Since(began))
 	var problems []source.Problem
@@ -363,8 +374,15 @@ func (d *Daemon) apply(ctx context.Context, update policy.Update) {
 	}
 	d.problems.replace("apply", problems)
 	if d.stale = len(failed) > 0; !d.stale {
-		d.synced, d.retry = time.Now(), d.opts.Retry
+		d.caughtUp()
 	}
+}
+
+// caughtUp notes that the state has everything the daemon knows.
+func (d *Daemon) caughtUp() {
+	d.synced, d.retry = time.Now(), d.opts.Retry
+	d.opts.Metrics.RevisionsApplied(d.pending)
+	d.pending = 0
 }
 
 // setNodeAddresses tells the state the node's addresses; repair does so again
@@ -395,7 +413,7 @@ func (d *Daemon) repair(ctx context.Context) {
 		d.setNodeAddresses(ctx)
 	}
 	d.repaired = time.Now()
-	d.opts.Metrics.repaired(len(repaired))
+	d.opts.Metrics.Repaired(len(repaired))
 	d.problems.set("repair", "attachments", err)
 }
 
@@ -407,6 +425,6 @@ func (d *Daemon) report() {
 		Problems:  d.problems.list(),
 	}
 	s.Policies, s.Pods, s.Namespaces = d.inventory.Counts()
-	d.opts.Metrics.reported(s)
+	d.opts.Metrics.Report(s, d.states(), d.fill.usage)
 	d.opts.Report(s)
 }

@@ -6,6 +6,7 @@
 package syncd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,7 @@ import (
 	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd/inventory"
 	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/metrics"
 	"github.com/podgate/podgate/syncd/source"
 	"github.com/podgate/podgate/syncd/status"
 )
@@ -39,6 +41,7 @@ type recorder struct {
 	calls     map[string]int
 	fail      map[string]error
 	changes   chan struct{}
+	usage     []pinning.MapUsage
 }
 
 func newRecorder() *recorder {
@@ -148,6 +151,21 @@ func (r *recorder) Watch(context.Context) (<-chan struct{}, error) {
 	return r.changes, r.step("Watch")
 }
 
+func (r *recorder) Enforcement(ep pinning.Endpoint) (pinning.Enforcement, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, known := r.subjects[ep.Pod]; !known {
+		return pinning.Enforcement{}, nil
+	}
+	return pinning.Enforcement{Ingress: pinning.RulesetOpen, Egress: pinning.RulesetOpen}, r.step("Enforcement")
+}
+
+func (r *recorder) Usage() ([]pinning.MapUsage, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.usage), r.step("Usage")
+}
+
 // feed is a source driven by the test.
 type feed struct {
 	batches chan source.Batch
@@ -176,7 +194,7 @@ type bench struct {
 	state   *recorder
 	feed    *feed
 	addrs   chan []netip.Addr
-	metrics *Metrics
+	metrics *metrics.Daemon
 
 	mu   sync.Mutex
 	last status.Status
@@ -184,7 +202,7 @@ type bench struct {
 
 func start(t *testing.T, state *recorder) *bench {
 	t.Helper()
-	b := &bench{t: t, state: state, feed: &feed{batches: make(chan source.Batch)}, addrs: make(chan []netip.Addr), metrics: NewMetrics()}
+	b := &bench{t: t, state: state, feed: &feed{batches: make(chan source.Batch)}, addrs: make(chan []netip.Addr), metrics: metrics.NewDaemon()}
 	d := New(Options{
 		State: state, Source: b.feed, Inventory: inventory.Options{Node: "n1", Unlisted: true},
 		NodeAddresses: func(ctx context.Context, _ *slog.Logger, deliver func([]netip.Addr)) error {
@@ -393,9 +411,20 @@ func TestRunWithoutSource(t *testing.T) {
 // TestMetrics asks that what the status says can be alerted on.
 func TestMetrics(t *testing.T) {
 	state := newRecorder()
+	state.usage = []pinning.MapUsage{{Name: "cells", Used: 7, Max: 8}, {Name: "gates", Used: -1, Max: 8}}
+	state.attach(attachment("c1", "x"))
+	state.attach(attachment("c2", "y"))
 	b := start(t, state)
-	b.feed.batches <- source.Batch{Problems: []source.Problem{{Subject: "/p/a.yaml", Reason: "broken"}}}
-	b.until("a problem", hasProblem("/p/a.yaml: broken"))
+	b.set(pod("x", "1"))
+	b.until("well", hasNone)
+	state.failing("Apply", errors.New("out of order"))
+	objects, err := manifest.Decode("b.yaml", []byte(isolate("1")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.feed.batches <- source.Batch{Set: objects, Problems: []source.Problem{{Subject: "/p/a.yaml", Reason: "broken"}}}
+	b.until("named", hasProblem("/p/a.yaml: broken"))
+	b.until("not applied", hasProblem("out of order"))
 
 	registry := prometheus.NewRegistry()
 	if err := registry.Register(b.metrics); err != nil {
@@ -413,9 +442,39 @@ func TestMetrics(t *testing.T) {
 			}
 		}
 	}
-	for _, want := range []string{"podgate_sync_problems{subject=/p/a.yaml} 1", "podgate_sync_objects{kind=pod} 0", "podgate_sync_applies_total{result=error} 0"} {
+	for _, want := range []string{
+		"podgate_sync_problems{subject=/p/a.yaml} 1", "podgate_sync_objects{kind=pod} 2",
+		"podgate_sync_revisions_total{step=received} 2", "podgate_sync_revisions_total{step=applied} 1",
+		"podgate_endpoints{state=open} 2", "podgate_endpoints{state=closed} 0",
+		"podgate_map_entries{map=cells} 7", "podgate_map_max_entries{map=cells} 8",
+	} {
 		if !slices.Contains(got, want) {
 			t.Errorf("no %s in %q", want, got)
+		}
+	}
+	if slices.ContainsFunc(got, func(s string) bool { return strings.Contains(s, "map=gates") }) {
+		t.Errorf("an array has entries in %q", got)
+	}
+}
+
+// TestFill asks that each threshold a map crosses is logged once.
+func TestFill(t *testing.T) {
+	var log bytes.Buffer
+	f := newFill(slog.New(slog.NewTextHandler(&log, nil)))
+	for i, tt := range []struct {
+		used int
+		want string // level logged, if any
+	}{
+		{79, ""}, {80, "WARN"}, {94, ""}, {95, "ERROR"}, {100, ""}, {90, "WARN"}, {80, ""}, {79, "INFO"}, {10, ""}, {99, "ERROR"},
+	} {
+		log.Reset()
+		f.look(t.Context(), []pinning.MapUsage{
+			{Name: "cells", Used: tt.used, Max: 100}, {Name: "flows", Used: 100, Max: 100, Evicts: true}, {Name: "gates", Used: -1, Max: 100},
+		})
+		_, got, _ := strings.Cut(log.String(), "level=")
+		level, rest, _ := strings.Cut(got, " ")
+		if level != tt.want || strings.Contains(rest, "level=") || level != "" && !strings.Contains(rest, fmt.Sprintf("map=cells used=%d max=100", tt.used)) {
+			t.Errorf("step %d, %d used: logged %q, want %s", i, tt.used, log.String(), tt.want)
 		}
 	}
 }

@@ -86,8 +86,19 @@ func TestNode(t *testing.T) {
 	t.Run("policy", func(t *testing.T) { testPolicy(t, l) })
 	t.Run("explain", func(t *testing.T) { testExplain(t, l) })
 	t.Run("metrics", func(t *testing.T) {
-		if body := l.metrics(t, "127.0.0.1:9099"); !strings.Contains(body, `podgate_sync_objects{kind="endpoint"} 3`) {
-			t.Errorf("metrics:\n%s", body)
+		body := l.get(t, "127.0.0.1:9099", "/metrics")
+		for _, want := range []string{
+			`podgate_sync_objects{kind="endpoint"} 3`, `podgate_endpoints{state="enforcing"} 1`,
+			`podgate_map_max_entries{map="endpoints"} `, `podgate_map_entries{map="endpoints"} `,
+		} {
+			if !strings.Contains(body, want) {
+				t.Errorf("no %s in metrics:\n%s", want, body)
+			}
+		}
+		for _, path := range []string{"/healthz", "/readyz"} {
+			if body := l.get(t, "127.0.0.1:9099", path); body != "ok\n" {
+				t.Errorf("%s: %s", path, body)
+			}
 		}
 	})
 
@@ -95,7 +106,7 @@ func TestNode(t *testing.T) {
 	l.write("web.yaml", strings.Replace(allowClient, "ingress:", "ingres:", 1))
 	named := filepath.Join(l.dir, "web.yaml") + `:7: NetworkPolicy shop/web: unknown field "spec.ingres"`
 	l.until("named", func() bool { return hasProblem(l.status(), named) })
-	if !strings.Contains(d.logged(), "web.yaml") || !strings.Contains(l.metrics(t, "127.0.0.1:9099"), `podgate_sync_problems{subject="`+filepath.Join(l.dir, "web.yaml")) {
+	if !strings.Contains(d.logged(), "web.yaml") || !strings.Contains(l.get(t, "127.0.0.1:9099", "/metrics"), `podgate_sync_problems{subject="`+filepath.Join(l.dir, "web.yaml")) {
 		t.Error("the broken file is missing in the log or in the metrics")
 	}
 	if !l.reaches("client", "web") || l.reaches("other", "web") {
@@ -163,7 +174,7 @@ func TestNode(t *testing.T) {
 	t.Run("gc", func(t *testing.T) { testGC(t, l) })
 }
 
-func (l *lab) metrics(t *testing.T, addr string) (body string) {
+func (l *lab) get(t *testing.T, addr, path string) (body string) {
 	t.Helper()
 	err := l.node.Do(func() error {
 		conn, err := net.Dial("tcp", addr)
@@ -173,7 +184,7 @@ func (l *lab) metrics(t *testing.T, addr string) (body string) {
 		client := http.Client{Transport: &http.Transport{
 			DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil },
 		}}
-		resp, err := client.Get("http://" + addr + "/metrics")
+		resp, err := client.Get("http://" + addr + path)
 		if err != nil {
 			return err
 		}

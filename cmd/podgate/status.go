@@ -144,7 +144,7 @@ func (a *app) statusReport(ctx context.Context) (*statusReport, error) {
 		return nil, err
 	}
 	for _, m := range r.Maps {
-		if full := fullness(m); full >= 90 && !makesRoom(m.Name) {
+		if full := m.Full(); full >= pinning.FillWarning && !m.Evicts {
 			r.problem("map "+m.Name, fmt.Errorf("%d%% full (%d of %d entries): what finds no room is closed; set the instance up anew with more capacity", full, m.Used, m.Max))
 		}
 	}
@@ -225,18 +225,6 @@ func shortID(id string) string {
 	return id[:min(short, len(id))]
 }
 
-// makesRoom names the maps in which the kernel replaces what was used least
-// recently.
-func makesRoom(name string) bool { return name == "flows" || name == "fragments" }
-
-// fullness in percent; -1 if it is not known.
-func fullness(m pinning.MapUsage) int {
-	if m.Used < 0 || m.Max == 0 {
-		return -1
-	}
-	return m.Used * 100 / int(m.Max)
-}
-
 func (a *app) writeStatus(w *bytes.Buffer, r *statusReport) {
 	fmt.Fprintf(w, "podgate %s, instance %s, pinned layout v%d\n", r.Version, r.Instance, r.ABI)
 	if d := r.Daemon; d != nil {
@@ -274,9 +262,13 @@ func (a *app) writeStatus(w *bytes.Buffer, r *statusReport) {
 	rows := [][]cell{row("MAP", "USED", "MAX", "FULL", "MEMORY")}
 	for _, m := range r.Maps {
 		used, full := "-", cell{text: "-"}
-		if percent := fullness(m); percent >= 0 {
+		if percent := m.Full(); percent >= 0 {
 			used, full.text = fmt.Sprint(m.Used), fmt.Sprintf("%d%%", percent)
-			if percent >= 90 && !makesRoom(m.Name) {
+			switch {
+			case m.Evicts || percent < pinning.FillWarning:
+			case percent < pinning.FillUrgent:
+				full.style = yellow
+			default:
 				full.style = red
 			}
 		}

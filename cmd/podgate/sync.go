@@ -11,15 +11,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"path/filepath"
-	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"golang.org/x/sync/errgroup"
@@ -27,6 +21,7 @@ import (
 	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd"
 	"github.com/podgate/podgate/syncd/inventory"
+	"github.com/podgate/podgate/syncd/metrics"
 	"github.com/podgate/podgate/syncd/source"
 	"github.com/podgate/podgate/syncd/status"
 )
@@ -69,7 +64,7 @@ What is enforced stays when this process ends, however it ends.`,
 	flags.StringVar(&f.policyDir, "policy-dir", "", "directory of manifests")
 	flags.StringVar(&f.node, "node-name", "", "name of this node, as in spec.nodeName (default the host name)")
 	flags.BoolVar(&f.once, "once", false, "apply the present state and exit; exit code 2 if some of it could not be")
-	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics on, such as 127.0.0.1:9090 (default none)")
+	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics, /healthz and /readyz on, such as 127.0.0.1:9090 (default none)")
 	capacityFlags(flags, &f.capacity)
 	if err := errors.Join(cmd.MarkFlagRequired("policy-dir"), cmd.MarkFlagDirname("policy-dir")); err != nil {
 		panic(err) // a flag that does not exist
@@ -126,7 +121,7 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	defer func() { err = errors.Join(err, state.Close()) }()
 
 	started := a.Now()
-	metrics := syncd.NewMetrics()
+	figures, health := metrics.NewDaemon(), metrics.NewHealth()
 	daemon := syncd.New(syncd.Options{
 		State: state,
 		Source: source.NewDirectory(source.DirectoryOptions{
@@ -136,11 +131,12 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 		Report: func(s status.Status) {
 			s.PID, s.Version, s.Started = os.Getpid(), version, started
 			s.Node, s.PolicyDir, s.Once = f.node, dir, f.once
+			health.Report(s)
 			if err := run.Write(s); err != nil {
 				logger.Error("status not written", "error", err)
 			}
 		},
-		Metrics: metrics,
+		Metrics: figures,
 		Logger:  logger,
 	})
 	if f.once {
@@ -159,32 +155,14 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return daemon.Run(ctx) })
 	if f.metrics != "" {
-		registry := prometheus.NewRegistry()
-		registry.MustRegister(metrics, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-		g.Go(func() error { return serveMetrics(ctx, f.metrics, registry) })
+		server := metrics.Server{Gatherer: metrics.NewRegistry(figures), Health: health}
+		g.Go(func() error { return server.Serve(ctx, f.metrics) })
 	}
 	return g.Wait()
 }
 
 // cacheDirectory is where the daemon keeps the last good version of files.
 func cacheDirectory(runDir string) string { return filepath.Join(runDir, "last-good") }
-
-// serveMetrics serves /metrics until ctx is done.
-func serveMetrics(ctx context.Context, addr string, gatherer prometheus.Gatherer) error {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", addr)
-	if err != nil {
-		return fmt.Errorf("metrics: %w", err)
-	}
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(gatherer, promhttp.HandlerOpts{}))
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
-	defer stop()
-	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("metrics: %w", err)
-	}
-	return nil
-}
 
 func (a *app) initCommand() *cobra.Command {
 	var capacity pinning.Capacity
