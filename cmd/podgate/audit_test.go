@@ -8,6 +8,8 @@ package main
 import (
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestAudit asks that audit mode begins and ends with its annotation, also for
@@ -32,7 +34,7 @@ metadata: {name: shop, annotations: {podgate.io/audit: "NAMESPACE"}}
 		l.write("web.yaml", strings.NewReplacer("AUDIT", pod, "NAMESPACE", namespace).Replace(isolated))
 	}
 	manifest("true", "false")
-	l.sync()
+	d := l.sync("--audit-pods")
 	l.until("synced", func() bool {
 		r := l.status()
 		return r.Daemon != nil && r.Daemon.Pods == 1 && !r.Daemon.Synced.IsZero()
@@ -54,6 +56,22 @@ metadata: {name: shop, annotations: {podgate.io/audit: "NAMESPACE"}}
 	}
 	manifest("false", "false")
 	l.until("denied", reached(0))
+	manifest("true", "false")
+	l.until("audited", reached(2))
+
+	// Without the switch a pod cannot do that for itself.
+	d.end(t, unix.SIGTERM)
+	l.sync()
+	l.until("denied", reached(0))
+	l.until("named", func() bool { return hasProblem(l.status(), "Pod shop/web: annotation podgate.io/audit has no effect") })
+	l.json(2, &x, "explain", "--from", "shop/client", "--to", "shop/web", "--port", "80")
+	if x.Verdict != "deny" || x.Disagree {
+		t.Errorf("verdict %s, disagree %v", x.Verdict, x.Disagree)
+	}
+	l.json(0, &x, "explain", "--from", "203.0.113.1", "--to", "shop/web", "--port", "80", "--policy-dir", l.dir, "--audit-pods")
+	if x.Verdict != "audit" {
+		t.Errorf("verdict with --audit-pods %s", x.Verdict)
+	}
 	manifest("false", "true")
 	l.until("audited", reached(2))
 	manifest("false", "false")

@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/podgate/podgate/syncd/reach"
@@ -28,14 +29,30 @@ type questions struct {
 	close   func() error
 }
 
+// manifestFlags say which manifests to ask about instead of this node.
+type manifestFlags struct {
+	policyDir string
+	auditPods bool
+}
+
+const auditPodsUsage = "honour the annotation podgate.io/audit on Pods too, and not only on Namespaces"
+
+func (m *manifestFlags) add(flags *pflag.FlagSet) {
+	flags.StringVar(&m.policyDir, "policy-dir", "", "answer about these manifests instead of this node, as if every pod in them ran here")
+	flags.BoolVar(&m.auditPods, "audit-pods", false, auditPodsUsage+`; with --policy-dir, else as "podgate sync" does`)
+}
+
 // questions opens what explain and matrix ask.
-func (a *app) questions(ctx context.Context, policyDir string) (*questions, error) {
-	if policyDir != "" {
-		e, err := reach.FromDirectory(ctx, policyDir, slog.New(slog.DiscardHandler))
+func (a *app) questions(ctx context.Context, m manifestFlags) (*questions, error) {
+	if m.policyDir != "" {
+		e, err := reach.FromDirectory(ctx, m.policyDir, m.auditPods, slog.New(slog.DiscardHandler))
 		if err != nil {
 			return nil, err
 		}
-		return &questions{e, "the manifests in " + policyDir, e.Close}, nil
+		return &questions{e, "the manifests in " + m.policyDir, e.Close}, nil
+	}
+	if m.auditPods {
+		return nil, errors.New("--audit-pods goes with --policy-dir: on this node it is what podgate sync was told")
 	}
 	node := reach.Node{Logger: slog.New(slog.DiscardHandler)}
 	s, _, err := a.daemon()
@@ -44,6 +61,7 @@ func (a *app) questions(ctx context.Context, policyDir string) (*questions, erro
 	}
 	if s != nil {
 		node.PolicyDir, node.Name, node.Cache = s.PolicyDir, s.Node, cacheDirectory(a.runDirectory())
+		node.AuditPods = s.AuditPods
 	}
 	state, err := a.open(ctx)
 	if err != nil {
@@ -80,10 +98,9 @@ func (q *questions) outcome(disagree bool) error {
 	return nil
 }
 
-const policyDirUsage = "answer about these manifests instead of this node, as if every pod in them ran here"
-
 func (a *app) explainCommand() *cobra.Command {
-	var from, to, port, policyDir string
+	var from, to, port string
+	var manifests manifestFlags
 	cmd := &cobra.Command{
 		Use:   "explain --from A --to B --port 80/TCP",
 		Short: "Say whether A may connect to B, and why",
@@ -100,14 +117,14 @@ Exit code 2 if the two answers differ, or if manifests have problems.`,
   podgate explain --from 203.0.113.7 --to shop/web --port 80/TCP --policy-dir ./policies`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.explain(cmd.Context(), from, to, port, policyDir)
+			return a.explain(cmd.Context(), from, to, port, manifests)
 		},
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&from, "from", "", "who connects: a pod or an address")
 	flags.StringVar(&to, "to", "", "who is connected to: a pod or an address")
 	flags.StringVar(&port, "port", "", "destination port and protocol")
-	flags.StringVar(&policyDir, "policy-dir", "", policyDirUsage)
+	manifests.add(flags)
 	for _, name := range []string{"from", "to", "port"} {
 		if err := cmd.MarkFlagRequired(name); err != nil {
 			panic(err) // a flag that does not exist
@@ -132,12 +149,12 @@ type explanation struct {
 	Problems []source.Problem `json:"problems,omitempty"`
 }
 
-func (a *app) explain(ctx context.Context, from, to, portText, policyDir string) (err error) {
+func (a *app) explain(ctx context.Context, from, to, portText string, manifests manifestFlags) (err error) {
 	port, err := reach.ParsePort(portText)
 	if err != nil {
 		return err
 	}
-	q, err := a.questions(ctx, policyDir)
+	q, err := a.questions(ctx, manifests)
 	if err != nil {
 		return err
 	}

@@ -100,7 +100,7 @@ type describer struct {
 // manifests; without them addresses do.
 func (a *app) describe(ctx context.Context, state *pinning.State) *describer {
 	d := &describer{state: state, rules: make(map[uint32]pinning.Rule), names: make(map[netip.Addr]string)}
-	if q, err := a.questions(ctx, ""); err == nil {
+	if q, err := a.questions(ctx, manifestFlags{}); err == nil {
 		for _, p := range q.Pods() {
 			for _, addr := range p.Addresses {
 				d.names[addr] = p.Name

@@ -22,7 +22,7 @@ type matrixFlags struct {
 	ports     []string
 	parties   []string
 	addresses []string
-	policyDir string
+	manifests manifestFlags
 }
 
 // matrixReport is what podgate matrix prints.
@@ -67,7 +67,7 @@ Exit code 2 if compiler and kernel differ, or if manifests have problems.`,
 	flags.StringSliceVar(&f.ports, "ports", nil, "destination ports, each with protocol")
 	flags.StringSliceVar(&f.parties, "pods", nil, "pods to ask about (default all)")
 	flags.StringSliceVar(&f.addresses, "address", nil, "addresses to ask about as well")
-	flags.StringVar(&f.policyDir, "policy-dir", "", policyDirUsage)
+	f.manifests.add(flags)
 	if err := cmd.MarkFlagRequired("ports"); err != nil {
 		panic(err) // a flag that does not exist
 	}
@@ -83,7 +83,7 @@ func (a *app) matrix(ctx context.Context, f matrixFlags) (err error) {
 		}
 		ports = append(ports, port)
 	}
-	q, err := a.questions(ctx, f.policyDir)
+	q, err := a.questions(ctx, f.manifests)
 	if err != nil {
 		return err
 	}

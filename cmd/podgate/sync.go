@@ -30,6 +30,7 @@ import (
 type syncFlags struct {
 	policyDir string
 	node      string
+	auditPods bool
 	once      bool
 	metrics   string
 	capacity  pinning.Capacity
@@ -63,6 +64,7 @@ What is enforced stays when this process ends, however it ends.`,
 	flags := cmd.Flags()
 	flags.StringVar(&f.policyDir, "policy-dir", "", "directory of manifests")
 	flags.StringVar(&f.node, "node-name", "", "name of this node, as in spec.nodeName (default the host name)")
+	flags.BoolVar(&f.auditPods, "audit-pods", false, auditPodsUsage)
 	flags.BoolVar(&f.once, "once", false, "apply the present state and exit; exit code 2 if some of it could not be")
 	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics, /healthz and /readyz on, such as 127.0.0.1:9090 (default none)")
 	capacityFlags(flags, &f.capacity)
@@ -127,10 +129,10 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 		Source: source.NewDirectory(source.DirectoryOptions{
 			Path: dir, Cache: cacheDirectory(run.Path()), Logger: logger,
 		}),
-		Inventory: inventory.Options{Node: f.node, Unlisted: true},
+		Inventory: inventory.Options{Node: f.node, Unlisted: true, AuditPods: f.auditPods},
 		Report: func(s status.Status) {
 			s.PID, s.Version, s.Started = os.Getpid(), version, started
-			s.Node, s.PolicyDir, s.Once = f.node, dir, f.once
+			s.Node, s.PolicyDir, s.AuditPods, s.Once = f.node, dir, f.auditPods, f.once
 			health.Report(s)
 			if err := run.Write(s); err != nil {
 				logger.Error("status not written", "error", err)

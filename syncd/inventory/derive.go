@@ -66,8 +66,15 @@ func (i *Inventory) derive() *derived {
 			d.pods[key] = unlisted(key, endpoints)
 		}
 	}
-	for key, pod := range d.pods {
-		pod.Audit = pod.Audit || audited[pod.Namespace]
+	for _, key := range slices.Sorted(maps.Keys(d.pods)) {
+		pod := d.pods[key]
+		if pod.Local && pod.Audit && !i.opts.AuditPods && !audited[pod.Namespace] {
+			d.problems = append(d.problems, source.Problem{
+				Subject: podName(pod),
+				Reason:  "annotation " + manifest.AnnotationAudit + " has no effect on a Pod without --audit-pods, only on its Namespace",
+			})
+		}
+		pod.Audit = pod.Audit && i.opts.AuditPods || audited[pod.Namespace]
 		d.pods[key] = pod
 		if _, ok := d.namespaces[pod.Namespace]; !ok {
 			d.namespaces[pod.Namespace] = manifest.NamespaceOf(pod.Namespace, nil)

@@ -31,6 +31,10 @@ type Options struct {
 	// lets an object stand for a pod of its name with another UID, which is as
 	// good as a file written by hand can know.
 	Unlisted bool
+	// AuditPods honours [manifest.AnnotationAudit] on Pods. Without it only that
+	// on Namespaces counts: who may create a pod may not thereby switch off what
+	// is enforced on it.
+	AuditPods bool
 	// AllLocal gives rulesets to all pods wherever they run, for questions
 	// about them.
 	AllLocal bool

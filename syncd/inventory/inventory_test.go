@@ -155,12 +155,21 @@ func TestUpdate(t *testing.T) {
 			bindings: []string{"c1=default/c1", "c2=u2", "c3=b/z"},
 		},
 		{
-			name: "audit of the namespace and of the pod", opts: dir,
+			name: "audit of the namespace, and of the pod where it may", opts: Options{Node: "n1", Unlisted: true, AuditPods: true},
 			objects: "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, annotations: {podgate.io/audit: \"true\"}}\n" +
 				pods("a/x", "b/y audit=true", "b/z"),
 			endpoints: []pinning.Endpoint{endpoint(1, "c1", "", "a/unlisted", nil)},
 			want:      []string{"a/unlisted a/unlisted [] local audit", "a/x a/x [] local audit", "b/y b/y [] local audit", "b/z b/z [] local"},
 			bindings:  []string{"c1=a/unlisted"},
+		},
+		{
+			name: "audit of the pod where it may not", opts: dir,
+			objects: "apiVersion: v1\nkind: Namespace\nmetadata: {name: a, annotations: {podgate.io/audit: \"true\"}}\n" +
+				pods("a/x audit=true", "b/y audit=true", "b/z node=n2 ip=10.0.0.1 audit=true"),
+			want: []string{"a/x a/x [] local audit", "b/y b/y [] local", "b/z b/z [10.0.0.1]"},
+			problems: []string{
+				"Pod b/y: annotation podgate.io/audit has no effect on a Pod without --audit-pods, only on its Namespace",
+			},
 		},
 		{
 			name: "terminated pods have no address, host-network pods no claim to one", opts: dir,

@@ -18,8 +18,9 @@ import (
 	"github.com/podgate/podgate/bpf/policy"
 )
 
-// AnnotationAudit puts pods in audit mode if it is "true" on the Pod or on its
-// Namespace: what policy would deny passes, and is reported.
+// AnnotationAudit puts pods in audit mode if it is "true" on their Namespace, or
+// where that is allowed on the Pod: what policy would deny passes, and is
+// reported.
 const AnnotationAudit = "podgate.io/audit"
 
 // annotationMirror carries, on the API server's copy of a static pod, the UID

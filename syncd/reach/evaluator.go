@@ -24,15 +24,15 @@ import (
 // them ran here. Pods without an address get one, see [Evaluator.Assumed].
 // Nothing pinned is read. The programs and tables are loaded for this process
 // alone; where that is not possible (it needs CAP_BPF) KernelErr says why and
-// the compiler answers alone.
-func FromDirectory(ctx context.Context, dir string, logger *slog.Logger) (*Evaluator, error) {
+// the compiler answers alone. auditPods is as in [inventory.Options].
+func FromDirectory(ctx context.Context, dir string, auditPods bool, logger *slog.Logger) (*Evaluator, error) {
 	batch, err := source.NewDirectory(source.DirectoryOptions{Path: dir, Logger: logger}).Load(ctx)
 	if err != nil {
 		return nil, err
 	}
 	e := newEvaluator()
 	e.assumeAddresses(batch.Set)
-	e.take(batch, inventory.Options{AllLocal: true}, nil)
+	e.take(batch, inventory.Options{AllLocal: true, AuditPods: auditPods}, nil)
 	update := e.compiler.Compile()
 	if e.state, e.KernelErr = e.private(ctx, update, logger); e.KernelErr == nil {
 		e.owned = true
@@ -46,7 +46,9 @@ type Node struct {
 	// only the kernel answers, and only about the pods attached here.
 	PolicyDir, Cache string
 	Name             string
-	Logger           *slog.Logger
+	// AuditPods as of [inventory.Options].
+	AuditPods bool
+	Logger    *slog.Logger
 }
 
 // FromNode answers about what is enforced on this node: the compiler from the
@@ -80,7 +82,7 @@ func FromNode(ctx context.Context, state *pinning.State, n Node) (*Evaluator, er
 			e.PolicyErr = err
 		}
 	}
-	e.take(batch, inventory.Options{Node: n.Name, Unlisted: true, AllLocal: true}, endpoints)
+	e.take(batch, inventory.Options{Node: n.Name, Unlisted: true, AllLocal: true, AuditPods: n.AuditPods}, endpoints)
 	e.compiler.Compile()
 	bindings := e.inventory.Bindings()
 	for _, ep := range endpoints {

@@ -78,7 +78,7 @@ func directory(t *testing.T, text string) *Evaluator {
 	if err := os.WriteFile(filepath.Join(dir, "a.yaml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	e, err := FromDirectory(t.Context(), dir, slog.New(slog.DiscardHandler))
+	e, err := FromDirectory(t.Context(), dir, true, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -39,6 +39,8 @@ type Status struct {
 	// Node is the node's name in spec.nodeName, PolicyDir an absolute path.
 	Node      string `json:"node,omitempty"`
 	PolicyDir string `json:"policyDir,omitempty"`
+	// AuditPods says that pods may ask for audit mode themselves.
+	AuditPods bool `json:"auditPods,omitempty"`
 	// Once says that the process was to apply the state and end.
 	Once bool `json:"once,omitempty"`
 	// Synced is when the kernel last had everything the daemon knew; zero if it
