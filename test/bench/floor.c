@@ -34,6 +34,8 @@ struct {
 } next SEC(".maps");
 
 __u32 last_ports;
+/* Added for each packet: 1 changes the source port, 1 << 16 the other. */
+__u32 step = 1;
 
 /* The port words of a frame without VLAN tags, options or extensions. */
 static __always_inline __u32 *ports_of(struct __sk_buff *skb)
@@ -93,7 +95,8 @@ int renew(struct __sk_buff *skb)
 
 	if (!ports)
 		return TC_ACT_SHOT;
-	*ports = ++last_ports;
+	last_ports += step;
+	*ports = last_ports;
 	bpf_tail_call(skb, &next, 0);
 	return TC_ACT_SHOT;
 }

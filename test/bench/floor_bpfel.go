@@ -63,6 +63,7 @@ const (
 	floorProgInsert   = "insert"
 	floorProgRenew    = "renew"
 	floorVarLastPorts = "last_ports"
+	floorVarStep      = "step"
 )
 
 // loadFloor returns the embedded CollectionSpec for floor.
@@ -126,6 +127,7 @@ type floorMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type floorVariableSpecs struct {
 	LastPorts *ebpf.VariableSpec `ebpf:"last_ports"`
+	Step      *ebpf.VariableSpec `ebpf:"step"`
 }
 
 // floorObjects contains all objects after they have been loaded into the kernel.
@@ -164,6 +166,7 @@ func (m *floorMaps) Close() error {
 // It can be passed to loadFloorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type floorVariables struct {
 	LastPorts *ebpf.Variable `ebpf:"last_ports"`
+	Step      *ebpf.Variable `ebpf:"step"`
 }
 
 // floorPrograms contains all programs after they have been loaded into the kernel.

@@ -118,6 +118,8 @@ type packet struct {
 	frame   []byte
 	at      arrival
 	want    int32
+
+	source, destination netip.AddrPort
 }
 
 // floorPacket is for programs that do not care.
@@ -136,8 +138,9 @@ func (p *packets) packet(d policy.Direction, e *endpoint, peer netip.Addr, want 
 	}
 	ours, theirs := netip.AddrPortFrom(local, 40000), netip.AddrPortFrom(peer, 80)
 	router := e.host.Attrs().HardwareAddr
-	k := packet{program: p.program[d], want: want}
+	k := packet{program: p.program[d], want: want, source: theirs, destination: ours}
 	if d == policy.Egress {
+		k.source, k.destination = ours, theirs
 		k.frame = tcpFrame(router, e.mac, ours, theirs, tcpACK)
 		k.at = arrival{ifindex: e.host.Attrs().Index, from: e.host.Attrs().Index}
 	} else {
@@ -151,6 +154,12 @@ func (p *packets) packet(d policy.Direction, e *endpoint, peer netip.Addr, want 
 // opening makes it the first packet of a connection.
 func (k packet) opening() packet {
 	k.frame[len(k.frame)-20+13] = tcpSYN
+	return k
+}
+
+// datagram makes it one of UDP.
+func (k packet) datagram() packet {
+	k.frame = udpFrame(k.frame[:6], k.frame[6:12], k.source, k.destination)
 	return k
 }
 
@@ -192,13 +201,19 @@ func (p *packets) noted(k packet) func() (time.Duration, error) {
 	}
 }
 
+// What of a packet is another for the next one.
+const (
+	sourcePort      uint32 = 1
+	destinationPort uint32 = 1 << 16
+)
+
 // renewed is a packet that is the first of another flow each time.
-func (p *packets) renewed(k packet) func() (time.Duration, error) {
+func (p *packets) renewed(k packet, step uint32) func() (time.Duration, error) {
 	next := k.program
 	k.program = p.floor.Renew
 	sample := p.noted(k)
 	return func() (time.Duration, error) {
-		if err := p.floor.Next.Put(uint32(0), next); err != nil {
+		if err := errors.Join(p.floor.Next.Put(uint32(0), next), p.floor.Step.Set(step)); err != nil {
 			return 0, err
 		}
 		return sample()
@@ -227,8 +242,8 @@ func (p *packets) series() ([]*series, error) {
 
 	empty := &series{name: "empty program", sample: p.floorPacket(p.floor.Empty).known()}
 	hit := &series{name: "empty + LRU hit", sample: p.floorPacket(p.floor.Hit).known()}
-	renew := &series{name: "empty, next flow", sample: p.renewed(p.floorPacket(p.floor.Empty))}
-	inserted := &series{name: "LRU insert, evicting", sample: p.renewed(insert), over: renew, bare: empty}
+	renew := &series{name: "empty, next flow", sample: p.renewed(p.floorPacket(p.floor.Empty), sourcePort)}
+	inserted := &series{name: "LRU insert, evicting", sample: p.renewed(insert, sourcePort), over: renew, bare: empty}
 	all := []*series{empty, hit, renew, inserted}
 
 	directions := []struct {
@@ -249,6 +264,9 @@ func (p *packets) series() ([]*series, error) {
 		}
 	}
 	const other = local / 2
+	opens := func(k packet, step uint32) *series {
+		return &series{sample: p.renewed(k, step), over: renew, bare: empty}
+	}
 	add("established", []peers{{"v4", remote4(1)}, {"v6", remote6(1)}}, target{floor: hit, times: 1.6},
 		func(d policy.Direction, peer netip.Addr) *series {
 			return &series{sample: p.packet(d, p.gated, peer, passed).known()}
@@ -257,6 +275,10 @@ func (p *packets) series() ([]*series, error) {
 		return &series{sample: p.noted(p.packet(d, p.gated, peer, dropped).opening())}
 	}
 	add("denied, exact", []peers{{"v4", remote4(other)}, {"v6", remote6(other)}}, target{floor: hit, times: 2.6}, denied)
+	add("denied, first of a kind", []peers{{"v4", remote4(other)}}, target{floor: hit},
+		func(d policy.Direction, peer netip.Addr) *series {
+			return opens(p.packet(d, p.gated, peer, dropped).opening(), destinationPort)
+		})
 	add("denied, LPM", []peers{{"v4", block4(other).Next()}, {"v6", block6(other).Next()}}, target{floor: hit}, denied)
 	add("closed gate", []peers{{"v4", remote4(1)}}, target{floor: hit},
 		func(d policy.Direction, peer netip.Addr) *series {
@@ -264,7 +286,15 @@ func (p *packets) series() ([]*series, error) {
 		})
 	add("new, allowed", []peers{{"v4", remote4(1)}, {"v6", remote6(1)}}, target{floor: inserted, times: 1.3},
 		func(d policy.Direction, peer netip.Addr) *series {
-			return &series{sample: p.renewed(p.packet(d, p.gated, peer, passed).opening()), over: renew, bare: empty}
+			return opens(p.packet(d, p.gated, peer, passed).opening(), sourcePort)
+		})
+	add("new, allowed UDP", []peers{{"v4", remote4(1)}}, target{floor: inserted, times: 1.3},
+		func(d policy.Direction, peer netip.Addr) *series {
+			return opens(p.packet(d, p.gated, peer, passed).datagram(), sourcePort)
+		})
+	add("new, allowed, other port", []peers{{"v4", remote4(1)}}, target{floor: inserted},
+		func(d policy.Direction, peer netip.Addr) *series {
+			return opens(p.packet(d, p.gated, peer, passed).opening(), destinationPort)
 		})
 	return all, nil
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strings"
@@ -38,10 +39,13 @@ type target struct {
 	more  time.Duration
 }
 
-// measure takes rounds samples of each series in turns.
+// measure takes rounds samples of each series in turns, each time in another
+// order: what runs before a series leaves it warm or cold caches.
 func measure(rounds int, all []*series) error {
+	order, random := slices.Clone(all), rand.New(rand.NewPCG(1, 2))
 	for range rounds {
-		for _, s := range all {
+		random.Shuffle(len(order), func(i, j int) { order[i], order[j] = order[j], order[i] })
+		for _, s := range order {
 			d, err := s.sample()
 			if err != nil {
 				return fmt.Errorf("%s: %w", s.name, err)
