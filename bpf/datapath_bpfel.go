@@ -408,6 +408,21 @@ type DatapathScratch struct {
 	Dropped uint64
 	Records uint32
 	_       [4]byte
+	Judged  [64]struct {
+		_      structs.HostLayout
+		Peer   DatapathAddress
+		At     uint32
+		Epoch  uint32
+		Answer struct {
+			_       structs.HostLayout
+			Rule    uint32
+			Ruleset uint32
+			Class   uint32
+			Owner   uint16
+			Action  uint8
+			Reason  uint8
+		}
+	}
 }
 
 type DatapathSource struct {

@@ -131,6 +131,7 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	struct judgement *j;
 	struct packet *p;
 	struct flow *f;
+	struct event *e;
 	__u64 now_ns;
 	int err;
 
@@ -140,7 +141,8 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	j = &s->judgement;
 	f = &s->flow;
 	__builtin_memset(f, 0, sizeof(*f));
-	now_ns = bpf_ktime_get_ns();
+	/* Only a handshake is measured. */
+	now_ns = tcp_opens(p->tcp_flags) ? bpf_ktime_get_ns() : tick_ns(s);
 	f->identity = flow_identity(&p->key);
 	f->valid = flow_valid(f->identity, rulesets, epoch);
 	f->created_ns = now_ns;
@@ -165,13 +167,19 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	f->packets[dir] = 1;
 	f->bytes[dir] = skb->len;
 	flow_touch(f, bpf_jiffies64());
+	e = record(skb, s,
+		   f->verdict == VERDICT_ALLOWED ? EVENT_FLOW : EVENT_AUDIT,
+		   dir, now_ns);
 	err = bpf_map_update_elem(&flows, &p->key, f, flags);
-	if (err == -EEXIST)
-		return CONTINUE;
-	if (err)
+	if (err) {
+		if (e)
+			bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
+		if (err == -EEXIST)
+			return CONTINUE;
 		return refuse_for(skb, REASON_TABLE, where);
-	emit(skb, f->verdict == VERDICT_ALLOWED ? EVENT_FLOW : EVENT_AUDIT, dir,
-	     now_ns);
+	}
+	if (e)
+		submit(s, e);
 	if (j->rule)
 		count_rule(skb, j->rule);
 	count(skb, WHERE_SLOT(where), dir, true);

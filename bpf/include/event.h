@@ -84,25 +84,15 @@ static __always_inline bool repeats(struct scratch *s, __u32 dir)
 	return same;
 }
 
-/*
- * Records what scratch holds. A forced wake-up costs fifty times the record
- * itself, so the consumer polls and is woken only when much has gathered, and
- * never for each record: it may be too slow for all of them.
- */
-__noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
+/* The record of what scratch holds, for whoever submits it; NULL if full. */
+static __always_inline struct event *record(struct __sk_buff *skb,
+					    struct scratch *s, __u32 type,
+					    __u32 dir, __u64 now_ns)
 {
-	struct scratch *s = scratch_get();
-	__u64 flags = BPF_RB_NO_WAKEUP;
-	struct judgement *j;
-	struct packet *p;
+	struct judgement *j = &s->judgement;
+	struct packet *p = &s->packet;
 	struct event *e;
 
-	if (!s)
-		return 0;
-	p = &s->packet;
-	j = &s->judgement;
-	if (type == EVENT_DROP && repeats(s, dir))
-		return 0;
 	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e) {
 		__u32 zero = 0;
@@ -110,9 +100,9 @@ __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
 
 		if (lost)
 			(*lost)++;
-		return 0;
+		return NULL;
 	}
-	e->time_ns = now_ns ? now_ns : tick_ns(s);
+	e->time_ns = now_ns;
 	address_copy(&e->local, &p->key.local);
 	address_copy(&e->peer, &p->key.peer);
 	e->endpoint = p->key.endpoint;
@@ -136,9 +126,33 @@ __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir, __u64 now_ns)
 	e->icmp_code = p->icmp_code;
 	e->reserved[0] = 0;
 	e->reserved[1] = 0;
+	return e;
+}
+
+static __always_inline void submit(struct scratch *s, struct event *e)
+{
+	__u64 flags = BPF_RB_NO_WAKEUP;
+
 	if (!(++s->records % EVENTS_LOOK) &&
 	    bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) > EVENTS_WAKE)
 		flags = BPF_RB_FORCE_WAKEUP;
 	bpf_ringbuf_submit(e, flags);
+}
+
+/*
+ * Records what scratch holds. A forced wake-up costs fifty times the record
+ * itself, so the consumer polls and is woken only when much has gathered, and
+ * never for each record: it may be too slow for all of them.
+ */
+__noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir)
+{
+	struct scratch *s = scratch_get();
+	struct event *e;
+
+	if (!s || (type == EVENT_DROP && repeats(s, dir)))
+		return 0;
+	e = record(skb, s, type, dir, tick_ns(s));
+	if (e)
+		submit(s, e);
 	return 0;
 }

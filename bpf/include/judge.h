@@ -10,6 +10,7 @@
 
 #include "config.h"
 #include "event.h"
+#include "gate.h"
 #include "maps.h"
 #include "packet.h"
 
@@ -121,33 +122,28 @@ static __always_inline __u64 classify(const struct address *a)
 #define HOW_QUOTED(how) ((how) & 4)
 #define HOW_ICMP(how) ((how) >> 16)
 
-/*
- * The verdict of the ruleset on the first packet of a flow, in
- * scratch->judgement; the result is its action. The destination port counts;
- * for ICMP, the type and code in how.
- */
-__noinline int judge(__u32 ruleset_id, __u32 how)
+/* Where this CPU remembers a verdict, whatever it remembers there now. */
+static __always_inline struct judged *judged_at(struct scratch *s,
+						const struct address *peer,
+						__u32 ruleset, __u32 at)
 {
-	struct scratch *s = scratch_get();
-	__u32 dir = HOW_DIR(how), class, at;
-	const struct flow_key *key;
+	const __u64 *w = (const __u64 *)peer;
+	__u64 x = (w[0] ^ w[1] ^ ((__u64)ruleset << 32 | at)) *
+		  0x9e3779b97f4a7c15ULL;
+
+	return &s->judged[(x >> 56) & (JUDGED - 1)];
+}
+
+/* The verdict of the ruleset by the tables, in scratch->judgement. */
+static __always_inline int judge_peer(struct judgement *j,
+				      const struct address *address, __u32 dir,
+				      __u32 at)
+{
+	__u32 ruleset_id = j->ruleset, class;
 	struct ruleset *ruleset;
-	struct judgement *j;
 	__u64 peer, found;
 
-	if (!s)
-		return ACTION_DENY;
-	key = HOW_QUOTED(how) ? &s->quoted.key : &s->packet.key;
-	j = &s->judgement;
-	j->rule = 0;
-	j->class = 0;
-	j->owner = 0;
-	j->ruleset = ruleset_id;
-	if (HOW_FROM_NODE(how))
-		return settle(j, ACTION_ALLOW, REASON_NODE);
-	if (address_equal(&key->local, &key->peer))
-		return settle(j, ACTION_ALLOW, REASON_SELF);
-	peer = classify(&key->peer);
+	peer = classify(address);
 	if (peer == PEER_UNKNOWN)
 		return settle(j, ACTION_DENY, REASON_TABLE);
 	class = (__u32)peer & ~PEER_NODE;
@@ -163,12 +159,6 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 	ruleset = bpf_map_lookup_elem(&rulesets, &ruleset_id);
 	if (!ruleset || !(ruleset->flags & RULESET_USED))
 		return settle(j, ACTION_DENY, REASON_TABLE);
-	at = (__u32)key->protocol << 16;
-	if (key->protocol == IPPROTO_ICMP || key->protocol == IPPROTO_ICMPV6)
-		at |= HOW_ICMP(how);
-	else
-		at |= dir == DIRECTION_EGRESS ? key->peer_port :
-						key->local_port;
 	found = find_interval(ruleset_id, class, at);
 	if (found == CELL_ABSENT && (ruleset->flags & RULESET_ANY_PEER) &&
 	    class)
@@ -181,4 +171,54 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 	}
 	j->rule = found;
 	return settle(j, found >> 32, REASON_POLICY);
+}
+
+/*
+ * The verdict of the ruleset on the first packet of a flow, in
+ * scratch->judgement; the result is its action. The destination port counts;
+ * for ICMP, the type and code in how. The epoch is read before the tables, so
+ * what is remembered of them is never younger than it says.
+ */
+__noinline int judge(__u32 ruleset_id, __u32 how)
+{
+	__u32 dir = HOW_DIR(how), epoch = current_epoch(), at;
+	struct scratch *s = scratch_get();
+	const struct flow_key *key;
+	struct judged *last;
+	struct judgement *j;
+
+	if (!s)
+		return ACTION_DENY;
+	key = HOW_QUOTED(how) ? &s->quoted.key : &s->packet.key;
+	j = &s->judgement;
+	j->rule = 0;
+	j->class = 0;
+	j->owner = 0;
+	j->ruleset = ruleset_id;
+	if (HOW_FROM_NODE(how))
+		return settle(j, ACTION_ALLOW, REASON_NODE);
+	if (address_equal(&key->local, &key->peer))
+		return settle(j, ACTION_ALLOW, REASON_SELF);
+	at = (__u32)key->protocol << 16;
+	if (key->protocol == IPPROTO_ICMP || key->protocol == IPPROTO_ICMPV6)
+		at |= HOW_ICMP(how);
+	else
+		at |= dir == DIRECTION_EGRESS ? key->peer_port :
+						key->local_port;
+
+	last = judged_at(s, &key->peer, ruleset_id, at << 1 | dir);
+	if (last->answer.ruleset == ruleset_id && ruleset_id &&
+	    last->at == (at << 1 | dir) && last->epoch == epoch &&
+	    address_equal(&last->peer, &key->peer)) {
+		*j = last->answer;
+		return j->action & 1;
+	}
+	judge_peer(j, &key->peer, dir, at);
+	if (j->reason != REASON_TABLE) {
+		address_copy(&last->peer, &key->peer);
+		last->at = at << 1 | dir;
+		last->epoch = epoch;
+		last->answer = *j;
+	}
+	return j->action & 1;
 }

@@ -84,6 +84,19 @@ struct judgement {
 };
 
 /*
+ * A verdict that this CPU gave lately. It stands for as long as that of a
+ * flow: the epoch is the same, and the ruleset has its number.
+ */
+struct judged {
+	struct address peer;
+	__u32 at; /* coordinate << 1 | direction */
+	__u32 epoch;
+	struct judgement answer; /* ruleset 0: none */
+};
+
+#define JUDGED 64
+
+/*
  * The packet at hand, once it left the fast path. Functions below the hooks
  * are global, so that each is verified once and not for every path to it; the
  * oldest kernel lets such functions take scalars only, so the rest waits here.
@@ -100,6 +113,7 @@ struct scratch {
 	__u64 tick_ns;
 	__u64 dropped; /* identity of this CPU's last drop in that tick */
 	__u32 records; /* this CPU put into the ring */
+	struct judged judged[JUDGED];
 };
 
 struct {

@@ -51,7 +51,7 @@ __noinline int refuse(struct __sk_buff *skb, __u32 where)
 	count(skb, WHERE_SLOT(where), dir, audit);
 	/* Frames that a bridge floods are nobody's news. */
 	if (j->reason != REASON_OTHER_HOST)
-		emit(skb, audit ? EVENT_AUDIT : EVENT_DROP, dir, 0);
+		emit(skb, audit ? EVENT_AUDIT : EVENT_DROP, dir);
 	if (audit)
 		return TC_ACT_UNSPEC;
 	count_drop(skb, j->reason, dir);
