@@ -243,6 +243,21 @@ type DatapathFragmentKey struct {
 	Reserved  [6]uint8
 }
 
+type DatapathFrontend struct {
+	_        structs.HostLayout
+	Service  uint32
+	Tag      uint16
+	Reserved uint16
+}
+
+type DatapathFrontendKey struct {
+	_        structs.HostLayout
+	Address  DatapathAddress
+	Port     uint16
+	Protocol uint8
+	Reserved [5]uint8
+}
+
 type DatapathGate struct {
 	_        structs.HostLayout
 	Rulesets DatapathEnforcement
@@ -321,7 +336,8 @@ const (
 	DatapathReasonREASON_ETHERTYPE         DatapathReason = 18
 	DatapathReasonREASON_MARTIAN           DatapathReason = 19
 	DatapathReasonREASON_TABLE             DatapathReason = 20
-	DatapathReasonREASON_COUNT             DatapathReason = 21
+	DatapathReasonREASON_SERVICE_MIXED     DatapathReason = 21
+	DatapathReasonREASON_COUNT             DatapathReason = 22
 )
 
 type DatapathRuleInfo struct {
@@ -425,6 +441,22 @@ type DatapathScratch struct {
 	}
 }
 
+type DatapathService struct {
+	_       structs.HostLayout
+	Id      uint32
+	Count   uint32
+	Choices [16]struct {
+		_        structs.HostLayout
+		Class    uint32
+		Port     uint16
+		Reserved uint16
+	}
+	Digest    DatapathDigest
+	Namespace [64]int8
+	Name      [256]int8
+	PortName  [64]int8
+}
+
 type DatapathSource struct {
 	_        structs.HostLayout
 	Address  DatapathAddress
@@ -463,6 +495,7 @@ const (
 	DatapathMapEvents             = "events"
 	DatapathMapFlows              = "flows"
 	DatapathMapFragments          = "fragments"
+	DatapathMapFrontends          = "frontends"
 	DatapathMapGates              = "gates"
 	DatapathMapJoins              = "joins"
 	DatapathMapLostEvents         = "lost_events"
@@ -474,6 +507,7 @@ const (
 	DatapathMapRulesetPolicies    = "ruleset_policies"
 	DatapathMapRulesets           = "rulesets"
 	DatapathMapScratches          = "scratches"
+	DatapathMapServices           = "services"
 	DatapathMapSources            = "sources"
 	DatapathMapState              = "state"
 	DatapathProgFromPod           = "from_pod"
@@ -555,6 +589,7 @@ type DatapathMapSpecs struct {
 	Events           *ebpf.MapSpec `ebpf:"events"`
 	Flows            *ebpf.MapSpec `ebpf:"flows"`
 	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
+	Frontends        *ebpf.MapSpec `ebpf:"frontends"`
 	Gates            *ebpf.MapSpec `ebpf:"gates"`
 	Joins            *ebpf.MapSpec `ebpf:"joins"`
 	LostEvents       *ebpf.MapSpec `ebpf:"lost_events"`
@@ -566,6 +601,7 @@ type DatapathMapSpecs struct {
 	RulesetPolicies  *ebpf.MapSpec `ebpf:"ruleset_policies"`
 	Rulesets         *ebpf.MapSpec `ebpf:"rulesets"`
 	Scratches        *ebpf.MapSpec `ebpf:"scratches"`
+	Services         *ebpf.MapSpec `ebpf:"services"`
 	Sources          *ebpf.MapSpec `ebpf:"sources"`
 	State            *ebpf.MapSpec `ebpf:"state"`
 }
@@ -621,6 +657,7 @@ type DatapathMaps struct {
 	Events           *ebpf.Map `ebpf:"events"`
 	Flows            *ebpf.Map `ebpf:"flows"`
 	Fragments        *ebpf.Map `ebpf:"fragments"`
+	Frontends        *ebpf.Map `ebpf:"frontends"`
 	Gates            *ebpf.Map `ebpf:"gates"`
 	Joins            *ebpf.Map `ebpf:"joins"`
 	LostEvents       *ebpf.Map `ebpf:"lost_events"`
@@ -632,6 +669,7 @@ type DatapathMaps struct {
 	RulesetPolicies  *ebpf.Map `ebpf:"ruleset_policies"`
 	Rulesets         *ebpf.Map `ebpf:"rulesets"`
 	Scratches        *ebpf.Map `ebpf:"scratches"`
+	Services         *ebpf.Map `ebpf:"services"`
 	Sources          *ebpf.Map `ebpf:"sources"`
 	State            *ebpf.Map `ebpf:"state"`
 }
@@ -648,6 +686,7 @@ func (m *DatapathMaps) Close() error {
 		m.Events,
 		m.Flows,
 		m.Fragments,
+		m.Frontends,
 		m.Gates,
 		m.Joins,
 		m.LostEvents,
@@ -659,6 +698,7 @@ func (m *DatapathMaps) Close() error {
 		m.RulesetPolicies,
 		m.Rulesets,
 		m.Scratches,
+		m.Services,
 		m.Sources,
 		m.State,
 	)

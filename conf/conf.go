@@ -94,6 +94,8 @@ type Capacity struct {
 	Cells uint32
 	// Rules, for attribution and counters.
 	Rules uint32
+	// Services: addresses with a port at which Services are reached.
+	Services uint32
 	// Fragments: fragmented packets in flight.
 	Fragments uint32
 	// EventBytes is the size of the event ring buffer in bytes: a power of

@@ -34,7 +34,7 @@ func TestParse(t *testing.T) {
 		"everything": {
 			`{"mode": "open", "waitForPolicy": "1.5s", "attach": "tcx", "antiSpoof": false, "audit": true,
 			  "nonVeth": "skip", "bpffs": "/run/bpf/", "instance": "a_B-9", "logLevel": "debug", "logFile": "/var/log/podgate.log",
-			  "capacity": {"endpoints": 1, "flows": 2, "peers": 3, "blocks": 4, "cells": 5, "rules": 6, "fragments": 7, "eventBytes": 8192}}`,
+			  "capacity": {"endpoints": 1, "flows": 2, "peers": 3, "blocks": 4, "cells": 5, "rules": 6, "services": 9, "fragments": 7, "eventBytes": 8192}}`,
 			&NetConf{
 				Labels: map[string]string{},
 				Gate: Gate{
@@ -42,7 +42,7 @@ func TestParse(t *testing.T) {
 				},
 				Instance: Instance{
 					BPFFS: "/run/bpf", Instance: "a_B-9",
-					Capacity: Capacity{Endpoints: 1, Flows: 2, Peers: 3, Blocks: 4, Cells: 5, Rules: 6, Fragments: 7, EventBytes: 8192},
+					Capacity: Capacity{Endpoints: 1, Flows: 2, Peers: 3, Blocks: 4, Cells: 5, Rules: 6, Services: 9, Fragments: 7, EventBytes: 8192},
 				},
 				Log: Log{LogLevel: slog.LevelDebug, LogFile: "/var/log/podgate.log"},
 			},

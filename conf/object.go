@@ -102,6 +102,7 @@ func (c *Capacity) UnmarshalJSON(b []byte) error {
 		"blocks":     &c.Blocks,
 		"cells":      &c.Cells,
 		"rules":      &c.Rules,
+		"services":   &c.Services,
 		"fragments":  &c.Fragments,
 		"eventBytes": (*ringSize)(&c.EventBytes),
 	}.decode(b)

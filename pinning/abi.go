@@ -34,6 +34,8 @@ func shapes() map[string]shape {
 		bpf.DatapathMapPods:             shapeOf[bpf.DatapathPodKey, bpf.DatapathPod](),
 		bpf.DatapathMapPeers:            shapeOf[bpf.DatapathAddress, bpf.DatapathPeer](),
 		bpf.DatapathMapBlocks:           shapeOf[bpf.DatapathBlockKey, bpf.DatapathPeer](),
+		bpf.DatapathMapFrontends:        shapeOf[bpf.DatapathFrontendKey, bpf.DatapathFrontend](),
+		bpf.DatapathMapServices:         shapeOf[uint32, bpf.DatapathService](),
 		bpf.DatapathMapJoins:            shapeOf[bpf.DatapathJoinKey, uint32](),
 		bpf.DatapathMapClasses:          shapeOf[uint32, bpf.DatapathDigest](),
 		bpf.DatapathMapRulesets:         shapeOf[uint32, bpf.DatapathRuleset](),

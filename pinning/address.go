@@ -60,10 +60,6 @@ func (s *State) claim(k AttachmentKey, endpoint uint32, addrs []netip.Addr) erro
 	if err != nil {
 		return err
 	}
-	peers, err := s.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
 	value := bpf.DatapathClaim{Attachment: key, Endpoint: endpoint, CreatedNs: uint64(time.Now().UnixNano())}
 	for _, a := range addrs {
 		if a.IsLinkLocalUnicast() {
@@ -78,7 +74,7 @@ func (s *State) claim(k AttachmentKey, endpoint uint32, addrs []netip.Addr) erro
 			return fmt.Errorf("claim %s: %w", a, err)
 		}
 		if former := (old.Attachment != bpf.DatapathAttachment{}); former && old.Attachment != key {
-			if err := remove(peers, &w); err != nil {
+			if err := s.declassify(a); err != nil {
 				return fmt.Errorf("claim %s: %w", a, err)
 			}
 		}
@@ -100,10 +96,6 @@ func (s *State) release(k AttachmentKey, addrs []netip.Addr) error {
 			return err
 		}
 	}
-	peers, err := s.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
 	var errs []error
 	for _, a := range addrs {
 		w := wire(a)
@@ -111,7 +103,7 @@ func (s *State) release(k AttachmentKey, addrs []netip.Addr) error {
 		if err := claims.Lookup(&w, &c); err != nil || c.Attachment != key {
 			continue
 		}
-		errs = append(errs, remove(peers, &w), remove(claims, &w))
+		errs = append(errs, s.declassify(a), remove(claims, &w))
 	}
 	return errors.Join(errs...)
 }
@@ -159,6 +151,11 @@ func (s *State) setClass(pod policy.PodKey, class uint32, a netip.Addr) error {
 		return err
 	}
 	w := wire(a)
+	var known bpf.DatapathPeer
+	if err := peers.Lookup(&w, &known); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("classify %s: %w", a, err)
+	}
+	joined |= known.Class & peerBits
 	if err := put(peers, &w, &bpf.DatapathPeer{Class: joined, Owner: pod.Owner(), Tag: tag(w)}); err != nil {
 		return fmt.Errorf("classify %s: %w", a, err)
 	}

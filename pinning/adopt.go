@@ -26,7 +26,7 @@ func (s *State) adopt() (*applied, error) {
 		policies: newIDs("policies", 1, c.Rules),
 		rules:    newIDs("rules", 1, c.Rules-1),
 		rulesets: newIDs("rulesets", rulesetFirst, rulesets.MaxEntries()-1),
-		classes:  newIDs("classes", 1, peerNode-1),
+		classes:  newIDs("classes", 1, peerService-1),
 		cells:    map[uint32]map[uint32]cellInfo{},
 		peers:    map[policy.PeerKey]peer{},
 		subjects: map[policy.PodKey]bpf.DatapathPod{},

@@ -83,6 +83,9 @@ func (s *State) Apply(ctx context.Context, u policy.Update) (Applied, error) {
 		}
 	}
 	w := &writer{State: s, a: s.applied, now: start}
+	if _, err := s.serviceTable(); err != nil {
+		return Applied{}, err
+	}
 	if err := w.write(ctx, u); err != nil {
 		return w.done, err
 	}
@@ -132,7 +135,7 @@ func (w *writer) write(ctx context.Context, u policy.Update) error {
 		return err
 	}
 	if !u.Full && len(u.Peers)+len(u.GonePeers)+len(u.Joins)+len(u.Subjects) > 0 {
-		w.reclassify()
+		w.reclassify(u)
 	}
 	if err := w.locked(ctx, func() error { return w.flip(u) }); err != nil {
 		return err
@@ -483,10 +486,14 @@ func (s *State) Sweep(_ context.Context) error {
 			errs = append(errs, s.removeRuleset(id))
 		}
 	}
+	chosen := s.chosen()
 	for _, id := range a.classes.due(before) {
-		errs = append(errs, s.removeClass(id))
+		if _, used := chosen[id]; !used {
+			errs = append(errs, s.removeClass(id))
+		}
 	}
 	errs = append(errs,
+		s.sweepServices(),
 		s.removeInfos(a.rules, bpf.DatapathMapRuleInfo, before),
 		s.removeInfos(a.policies, bpf.DatapathMapPolicyInfo, before))
 	return errors.Join(errs...)

@@ -27,6 +27,8 @@ type Capacity struct {
 	Cells uint32 `json:"cells,omitempty"`
 	// Rules of all policies together; 16384. Each costs 16 bytes a CPU.
 	Rules uint32 `json:"rules,omitempty"`
+	// Services is the number of their frontends: addresses with a port; 65536.
+	Services uint32 `json:"services,omitempty"`
 	// Fragments is the number of fragmented datagrams under way; 8192.
 	Fragments uint32 `json:"fragments,omitempty"`
 	// EventBytes is the size of the event ring, a power of two; 1 MiB.
@@ -37,7 +39,7 @@ type Capacity struct {
 func DefaultCapacity() Capacity {
 	return Capacity{
 		Endpoints: 1024, Flows: 1 << 18, Peers: 1 << 18, Blocks: 1 << 16,
-		Cells: 1 << 18, Rules: 1 << 14, Fragments: 1 << 13, EventBytes: 1 << 20,
+		Cells: 1 << 18, Rules: 1 << 14, Services: 1 << 16, Fragments: 1 << 13, EventBytes: 1 << 20,
 	}
 }
 
@@ -46,7 +48,7 @@ func (c Capacity) withDefaults() Capacity {
 	for _, f := range []struct{ got, def *uint32 }{
 		{&c.Endpoints, &d.Endpoints}, {&c.Flows, &d.Flows}, {&c.Peers, &d.Peers},
 		{&c.Blocks, &d.Blocks}, {&c.Cells, &d.Cells}, {&c.Rules, &d.Rules},
-		{&c.Fragments, &d.Fragments}, {&c.EventBytes, &d.EventBytes},
+		{&c.Services, &d.Services}, {&c.Fragments, &d.Fragments}, {&c.EventBytes, &d.EventBytes},
 	} {
 		if *f.got == 0 {
 			*f.got = *f.def
@@ -91,6 +93,8 @@ func (c Capacity) apply(spec *ebpf.CollectionSpec) {
 		bpf.DatapathMapPolicyInfo:       c.Rules,
 		bpf.DatapathMapRuleCounters:     c.Rules,
 		bpf.DatapathMapFlows:            c.Flows,
+		bpf.DatapathMapFrontends:        c.Services,
+		bpf.DatapathMapServices:         c.Services * 2, // the next one of each is there before the last one goes
 		bpf.DatapathMapFragments:        c.Fragments,
 		bpf.DatapathMapEvents:           c.EventBytes,
 	} {

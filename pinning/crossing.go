@@ -86,17 +86,8 @@ func (w *writer) going(u policy.Update) []uint32 {
 // currentClass is what the datapath makes of a peer now.
 func (w *writer) currentClass(p policy.PeerKey) (uint32, error) {
 	if p.Exact {
-		peers, err := w.m(bpf.DatapathMapPeers)
-		if err != nil {
-			return 0, err
-		}
-		a := wire(p.Prefix.Addr())
-		var v bpf.DatapathPeer
-		if err := peers.Lookup(&a, &v); err == nil {
-			return v.Class &^ peerNode, nil
-		} else if !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return 0, fmt.Errorf("%s: %w", peers, err)
-		}
+		class, err := w.peerClass(p.Prefix.Addr())
+		return class &^ peerBits, err
 	}
 	return w.blockClass(p.Prefix)
 }

@@ -123,7 +123,7 @@ func (w *writer) removePeers(gone []policy.PeerKey) error {
 			return err
 		}
 	}
-	return nil
+	return w.rechoose(gone)
 }
 
 func (w *writer) removePeer(p policy.PeerKey) error {
@@ -135,18 +135,7 @@ func (w *writer) removePeer(p policy.PeerKey) error {
 		key := blockKey(p.Prefix)
 		return remove(blocks, &key)
 	}
-	peers, err := w.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
-	a := wire(p.Prefix.Addr())
-	if err := remove(peers, &a); err != nil {
-		return err
-	}
-	if _, node := w.a.nodes[p.Prefix.Addr()]; node {
-		return w.setNode(p.Prefix.Addr())
-	}
-	return nil
+	return w.declassify(p.Prefix.Addr())
 }
 
 // turn makes an endpoint's gate enforce what its subject says.
@@ -226,41 +215,18 @@ func (s *State) SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error 
 			s.applied.nodes = want
 		}
 		var errs []error
+		var moved []policy.PeerKey
 		for w, p := range have {
 			if _, ok := want[unwire(w)]; ok || p.Class&peerNode == 0 {
 				continue
 			}
-			if p.Class &^= peerNode; p.Class == 0 && p.Owner == 0 {
-				errs = append(errs, remove(peers, &w))
-			} else {
-				errs = append(errs, put(peers, &w, &p))
-			}
+			errs = append(errs, s.unmark(unwire(w), peerNode))
+			moved = append(moved, exactKey(unwire(w)))
 		}
 		for a := range want {
-			errs = append(errs, s.setNode(a))
+			errs = append(errs, s.mark(a, peerNode))
+			moved = append(moved, exactKey(a))
 		}
-		return errors.Join(append(errs, s.addressesMoved())...)
+		return errors.Join(append(errs, s.addressesMoved(), s.rechoose(moved))...)
 	})
-}
-
-// setNode marks an address as the node's. It keeps the class a pod gave it,
-// else it gets that of its block: ingress from it is judged by that.
-func (s *State) setNode(a netip.Addr) error {
-	peers, err := s.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
-	w := wire(a)
-	var p bpf.DatapathPeer
-	if err := peers.Lookup(&w, &p); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-		return fmt.Errorf("%s: %w", peers, err)
-	}
-	if p.Owner == 0 {
-		if p.Class, err = s.join(0, a); err != nil {
-			return err
-		}
-	}
-	p.Class |= peerNode
-	p.Tag = tag(w)
-	return put(peers, &w, &p)
 }

@@ -55,7 +55,7 @@ func (s *State) learnNodeAddresses(host int) error {
 			}
 			continue
 		}
-		if err := s.setNode(a.Addr); err != nil {
+		if err := s.mark(a.Addr, peerNode); err != nil {
 			return err
 		}
 	}

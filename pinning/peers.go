@@ -6,13 +6,11 @@ package pinning
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/policy"
 )
-
-// peerNode is PEER_NODE of bpf/include/types.h.
-const peerNode = uint32(1) << 31
 
 // move gives an address or block a class.
 type move struct {
@@ -84,7 +82,7 @@ func (w *writer) unnamed(u policy.Update) ([]move, error) {
 			if subject, known := w.a.wanted[holder.Pod]; known {
 				m.class = w.a.joined(subject.Class, m.class, u.Joins)
 			}
-		} else if _, node := w.a.nodes[a]; node {
+		} else if w.bits(a) != 0 {
 			m.gone = false
 		}
 		out = append(out, m)
@@ -171,18 +169,26 @@ func (w *writer) setPeers(list []move) error {
 			continue
 		}
 		a := wire(m.key.Prefix.Addr())
-		exact.add(a, bpf.DatapathPeer{Class: w.a.nodeBit(m.key.Prefix.Addr(), m.class), Owner: m.owner, Tag: tag(a)})
+		exact.add(a, bpf.DatapathPeer{Class: m.class | w.bits(m.key.Prefix.Addr()), Owner: m.owner, Tag: tag(a)})
 		if moved = append(moved, m); len(moved) == batchSize {
 			flush()
 		}
 	}
 	flush()
-	return w.addressesMoved()
+	if err := w.addressesMoved(); err != nil {
+		return err
+	}
+	keys := make([]policy.PeerKey, 0, len(list))
+	for _, m := range list {
+		keys = append(keys, m.key)
+	}
+	return w.rechoose(keys)
 }
 
 // finish sets the classes that peers crossed to and removes what is gone.
 func (w *writer) finish(list []move) error {
 	var stay []move
+	var gone []policy.PeerKey
 	for _, m := range list {
 		if !m.gone {
 			stay = append(stay, m)
@@ -191,9 +197,13 @@ func (w *writer) finish(list []move) error {
 		if err := w.removePeer(m.key); err != nil {
 			return err
 		}
+		gone = append(gone, m.key)
 	}
 	if len(list) == 0 {
 		return nil
+	}
+	if err := w.rechoose(gone); err != nil {
+		return err
 	}
 	return w.setPeers(stay)
 }
@@ -210,17 +220,10 @@ func (w *writer) unclassified(p policy.PeerKey, d policy.Digest, err error) {
 	}
 }
 
-func (a *applied) nodeBit(addr netip.Addr, class uint32) uint32 {
-	if _, node := a.nodes[addr]; node {
-		return class | peerNode
-	}
-	return class
-}
-
 // reclassify gives their class to addresses that updates do not name: those of
-// endpoints, which have an entry even where their block's class is theirs, and
-// the node's own.
-func (w *writer) reclassify() {
+// endpoints, which have an entry even where their block's class is theirs, the
+// node's own and those of Services.
+func (w *writer) reclassify(u policy.Update) {
 	for e, err := range w.Endpoints() {
 		if err != nil {
 			w.problem(err)
@@ -231,7 +234,28 @@ func (w *writer) reclassify() {
 		}
 	}
 	for a := range w.a.nodes {
-		w.problem(w.setNode(a))
+		w.problem(w.mark(a, peerNode))
+	}
+	w.reclassifyServices(u)
+}
+
+// reclassifyServices does so where blocks have changed: there may be thousands.
+func (w *writer) reclassifyServices(u policy.Update) {
+	var changed []netip.Prefix
+	for _, p := range u.Peers {
+		if !p.Exact {
+			changed = append(changed, p.Prefix)
+		}
+	}
+	for _, p := range u.GonePeers {
+		if !p.Exact {
+			changed = append(changed, p.Prefix)
+		}
+	}
+	for a := range w.services.marked {
+		if slices.ContainsFunc(changed, func(p netip.Prefix) bool { return p.Contains(a) }) {
+			w.problem(w.mark(a, peerService))
+		}
 	}
 }
 
@@ -267,7 +291,7 @@ func (s *State) restorePeers(e Endpoint) error {
 			continue
 		}
 		w := wire(a)
-		v := bpf.DatapathPeer{Class: s.applied.nodeBit(a, want.class), Owner: want.owner, Tag: tag(w)}
+		v := bpf.DatapathPeer{Class: want.class | s.bits(a), Owner: want.owner, Tag: tag(w)}
 		var have bpf.DatapathPeer
 		if err := peers.Lookup(&w, &have); err == nil && have == v {
 			continue

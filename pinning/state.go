@@ -55,6 +55,7 @@ type State struct {
 	programs map[string]*ebpf.Program
 	shared   *shared
 	applied  *applied
+	services *services
 
 	// watches read shared memory until they are stopped.
 	watches     sync.WaitGroup
@@ -342,6 +343,7 @@ func (s *State) capacity() (Capacity, error) {
 		bpf.DatapathMapBlocks:    &c.Blocks,
 		bpf.DatapathMapCells:     &c.Cells,
 		bpf.DatapathMapRuleInfo:  &c.Rules,
+		bpf.DatapathMapFrontends: &c.Services,
 		bpf.DatapathMapFragments: &c.Fragments,
 		bpf.DatapathMapEvents:    &c.EventBytes,
 	} {

@@ -20,6 +20,10 @@
 #define CELL_DEFAULT (3ULL << 62)
 /* The class could not be read. No class has this number. */
 #define PEER_UNKNOWN (~0ULL)
+/* The service could not be read. No service has this number. */
+#define SERVICE_UNKNOWN (~0U)
+/* Beside actions: the service has no backends, so nothing is translated. */
+#define NO_CHOICE 2
 /* 2^14 chunks are searched in this many halvings. */
 #define CELL_SEARCH 14
 
@@ -31,6 +35,11 @@ static __always_inline __u16 address_tag(const struct address *a)
 	x ^= x >> 32;
 	x ^= x >> 16;
 	return x;
+}
+
+static __always_inline __u16 frontend_tag(const struct frontend_key *k)
+{
+	return address_tag(&k->address) ^ k->port ^ k->protocol;
 }
 
 /*
@@ -134,24 +143,15 @@ static __always_inline struct judged *judged_at(struct scratch *s,
 	return &s->judged[(x >> 56) & (JUDGED - 1)];
 }
 
-/* The verdict of the ruleset by the tables, in scratch->judgement. */
-static __always_inline int judge_peer(struct judgement *j,
-				      const struct address *address, __u32 dir,
-				      __u32 at)
+/* The verdict of the ruleset on a peer of a class. */
+static __always_inline int judge_class(struct judgement *j, __u32 peer,
+				       __u32 dir, __u32 at)
 {
-	__u32 ruleset_id = j->ruleset, class;
+	__u32 ruleset_id = j->ruleset, class = peer & PEER_CLASS;
 	struct ruleset *ruleset;
-	__u64 peer, found;
+	__u64 found;
 
-	peer = classify(address);
-	if (peer == PEER_UNKNOWN)
-		return settle(j, ACTION_DENY, REASON_TABLE);
-	class = (__u32)peer & ~PEER_NODE;
-	j->class = class;
-	j->owner = peer >> 32;
-	if (ruleset_id == RULESET_OPEN)
-		return settle(j, ACTION_ALLOW, REASON_OPEN);
-	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_NODE))
+	if (dir == DIRECTION_EGRESS && (peer & PEER_NODE))
 		return settle(j, ACTION_ALLOW, REASON_NODE);
 	if (ruleset_id == RULESET_CLOSED)
 		return settle(j, ACTION_DENY, REASON_CLOSED);
@@ -171,6 +171,99 @@ static __always_inline int judge_peer(struct judgement *j,
 	}
 	j->rule = found;
 	return settle(j, found >> 32, REASON_POLICY);
+}
+
+/* The verdict on backends that policy cannot tell apart. */
+__noinline int judge_choice(__u32 peer, __u32 at)
+{
+	struct scratch *s = scratch_get();
+
+	if (!s)
+		return ACTION_DENY;
+	s->judgement.rule = 0;
+	s->judgement.class = peer & PEER_CLASS;
+	return judge_class(&s->judgement, peer, DIRECTION_EGRESS, at);
+}
+
+/* The Service with a frontend there, 0 if there is none. */
+static __always_inline __u32 find_service(const struct address *a, __u32 at)
+{
+	struct frontend_key key = { .port = at, .protocol = at >> 16 };
+	__u64 *found, value;
+
+	address_copy(&key.address, a);
+	/* As in classify. */
+	for (int i = 0; i < 3; i++) {
+		found = bpf_map_lookup_elem(&frontends, &key);
+		if (!found)
+			return 0;
+		value = *(volatile __u64 *)found;
+		if ((__u16)(value >> 32) == frontend_tag(&key))
+			return value;
+	}
+	return SERVICE_UNKNOWN;
+}
+
+/*
+ * The verdict on a Service whose backend is not chosen yet: that on all of
+ * them, if they agree. The result is NO_CHOICE for one without backends.
+ */
+__noinline int judge_service(__u32 id, __u32 protocol)
+{
+	struct service *service = bpf_map_lookup_elem(&services, &id);
+	struct scratch *s = scratch_get();
+	__u32 count, allowed = 0;
+	struct judgement *j;
+
+	if (!s)
+		return ACTION_DENY;
+	j = &s->judgement;
+	if (!service)
+		return settle(j, ACTION_DENY, REASON_TABLE);
+	count = *(volatile __u32 *)&service->count;
+	if (!count)
+		return NO_CHOICE;
+	for (__u32 i = 0; i < SERVICE_CHOICES; i++) {
+		if (i >= count)
+			break;
+		allowed += judge_choice(service->choices[i].class,
+					protocol << 16 |
+						service->choices[i].port) &
+			   1;
+	}
+	/* Checked last: the element may have become another one meanwhile. */
+	if (*(volatile __u32 *)&service->id != id)
+		return settle(j, ACTION_DENY, REASON_TABLE);
+	if (count > SERVICE_CHOICES || (allowed && allowed != count)) {
+		j->rule = 0;
+		return settle(j, ACTION_DENY, REASON_SERVICE_MIXED);
+	}
+	return j->action;
+}
+
+/* The verdict of the ruleset by the tables, in scratch->judgement. */
+static __always_inline int judge_peer(struct judgement *j,
+				      const struct address *address, __u32 dir,
+				      __u32 at)
+{
+	__u64 peer;
+
+	peer = classify(address);
+	if (peer == PEER_UNKNOWN)
+		return settle(j, ACTION_DENY, REASON_TABLE);
+	j->class = (__u32)peer & PEER_CLASS;
+	j->owner = peer >> 32;
+	if (j->ruleset == RULESET_OPEN)
+		return settle(j, ACTION_ALLOW, REASON_OPEN);
+	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_SERVICE)) {
+		__u32 service = find_service(address, at);
+
+		if (service == SERVICE_UNKNOWN)
+			return settle(j, ACTION_DENY, REASON_TABLE);
+		if (service && judge_service(service, at >> 16) != NO_CHOICE)
+			return j->action;
+	}
+	return judge_class(j, peer, dir, at);
 }
 
 /*

@@ -81,6 +81,24 @@ struct {
 	__type(value, struct peer);
 } blocks SEC(".maps");
 
+/* Written by the daemon; read for the first packet to a PEER_SERVICE. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct frontend_key);
+	__type(value, struct frontend);
+} frontends SEC(".maps");
+
+/* Written by the daemon; read for the first packet to a frontend. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u32);
+	__type(value, struct service);
+} services SEC(".maps");
+
 /* Written by the daemon; read by ADD: class of a pod inside a block. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -55,7 +55,9 @@ enum reason {
 	REASON_ETHERTYPE = 18, /* neither IP nor ARP on an isolated endpoint */
 	REASON_MARTIAN = 19,   /* v4-mapped address on the wire */
 	REASON_TABLE = 20,     /* a map was full or changed under the reader */
-	REASON_COUNT = 21,
+	/* Some backends of the Service are allowed, others not, or unknown. */
+	REASON_SERVICE_MIXED = 21,
+	REASON_COUNT = 22,
 };
 
 /* An IPv6 address, or an IPv4 address as ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
@@ -155,10 +157,13 @@ struct pod {
 };
 
 #define PEER_NODE (1U << 31)
+#define PEER_SERVICE (1U << 30)
+#define PEER_CLASS (PEER_SERVICE - 1)
 
 /* Class of an address; read and written as one u64. */
 struct peer {
-	__u32 class; /* PEER_NODE is set for addresses of this node */
+	/* PEER_NODE: this node's address; PEER_SERVICE: it has frontends */
+	__u32 class;
 	__u16 owner; /* digest of the owning pod, 0 if none */
 	__u16 tag; /* fold of the address: tells a value read while recycled */
 } __attribute__((aligned(8)));
@@ -176,6 +181,41 @@ struct join_key {
 
 struct digest {
 	__u8 bytes[16];
+};
+
+/* Where a Service is reached: a cluster, external or node address. */
+struct frontend_key {
+	struct address address;
+	__u16 port;
+	__u8 protocol;
+	__u8 reserved[5];
+};
+
+/* Read and written as one u64. */
+struct frontend {
+	__u32 service;
+	__u16 tag; /* fold of the key: tells a value read while recycled */
+	__u16 reserved;
+} __attribute__((aligned(8)));
+
+/* Backends that policy cannot tell apart. */
+struct choice {
+	__u32 class; /* PEER_NODE is set for addresses of this node */
+	__u16 port;
+	__u16 reserved;
+};
+
+#define SERVICE_CHOICES 16
+
+/* Never changed once published: another set of choices is another number. */
+struct service {
+	__u32 id;
+	__u32 count; /* of choices; over SERVICE_CHOICES: there are too many */
+	struct choice choices[SERVICE_CHOICES];
+	struct digest digest; /* of all that is here */
+	char namespace[64];
+	char name[256];
+	char port_name[64];
 };
 
 enum ruleset_flags {

@@ -90,6 +90,7 @@ func capacityFlags(flags *pflag.FlagSet, c *pinning.Capacity) {
 		{"blocks", &c.Blocks, d.Blocks, "CIDR prefixes"},
 		{"cells", &c.Cells, d.Cells, "pairs of ruleset and class"},
 		{"rules", &c.Rules, d.Rules, "rules of all policies"},
+		{"services", &c.Services, d.Services, "addresses with a port at which Services are reached"},
 		{"fragments", &c.Fragments, d.Fragments, "fragmented datagrams under way"},
 		{"event-bytes", &c.EventBytes, d.EventBytes, "bytes of the event ring, a power of two"},
 	} {
