@@ -96,7 +96,7 @@ type DatapathEndpoint struct {
 	Attach         uint8
 	Flags          uint16
 	AddressesCount uint16
-	Mtu            uint32
+	Interfaces     uint32
 	_              [4]byte
 	CreatedNs      uint64
 	Addresses      [16]DatapathAddress
@@ -470,7 +470,8 @@ type DatapathState struct {
 	NextEndpoint uint32
 	Generation   uint32
 	NextRuleset  uint32
-	Reserved     [4]uint64
+	NodesNs      uint64
+	Reserved     [3]uint64
 }
 
 type DatapathVerdict uint32

@@ -13,7 +13,10 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/podgate/podgate/pinning/rtnl"
 )
 
 // filterHandle marks the tc filters that are podgate's: "pg" and 1.
@@ -58,19 +61,48 @@ func (s *State) attach(endpoint uint32, ifindex int, kind AttachKind) (AttachKin
 	return AttachTCX, nil
 }
 
-func (s *State) filter(ifindex, direction int, fd int) *netlink.BpfFilter {
-	return &netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: ifindex,
-			Parent:    hooks()[direction].parent,
-			Handle:    filterHandle,
-			Priority:  filterPriority,
-			Protocol:  unix.ETH_P_ALL,
-		},
-		Fd:           fd,
-		Name:         "podgate_" + programNames()[direction],
-		DirectAction: true,
+// filterRequest changes our filter at a hook. A filter that is deleted needs no
+// program.
+func filterRequest(command, flags int, f filter) *nl.NetlinkRequest {
+	r := nl.NewNetlinkRequest(command, flags)
+	r.AddData(&nl.TcMsg{
+		Family: unix.AF_UNSPEC, Ifindex: int32(f.ifindex), Handle: f.handle, Parent: hooks()[f.direction].parent,
+		Info: netlink.MakeHandle(filterPriority, nl.Swap16(unix.ETH_P_ALL)),
+	})
+	r.AddData(nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("bpf")))
+	if f.program == nil {
+		return r
 	}
+	options := nl.NewRtAttr(nl.TCA_OPTIONS, nil)
+	options.AddRtAttr(nl.TCA_BPF_FD, nl.Uint32Attr(uint32(f.program.FD())))
+	options.AddRtAttr(nl.TCA_BPF_NAME, nl.ZeroTerminated("podgate_"+programNames()[f.direction]))
+	options.AddRtAttr(nl.TCA_BPF_FLAGS, nl.Uint32Attr(nl.TCA_BPF_FLAG_ACT_DIRECT))
+	r.AddData(options)
+	return r
+}
+
+// filter is one of ours.
+type filter struct {
+	ifindex, direction int
+	handle             uint32
+	program            *ebpf.Program
+}
+
+func (f filter) String() string {
+	return fmt.Sprintf("%s at interface %d", programNames()[f.direction], f.ifindex)
+}
+
+// filters are both of ours on an interface.
+func (s *State) filters(ifindex int) ([2]filter, error) {
+	var both [2]filter
+	for direction, name := range programNames() {
+		p, err := s.program(name)
+		if err != nil {
+			return both, err
+		}
+		both[direction] = filter{ifindex, direction, filterHandle, p}
+	}
+	return both, nil
 }
 
 func (s *State) attachClsact(ifindex int) error {
@@ -81,32 +113,73 @@ func (s *State) attachClsact(ifindex int) error {
 }
 
 func addClsact(ifindex int) error {
-	qdisc := &netlink.Clsact{QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: ifindex, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
-	}}
-	if err := netlink.QdiscAdd(qdisc); errors.Is(err, unix.EEXIST) {
+	r := nl.NewNetlinkRequest(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	r.AddData(&nl.TcMsg{
+		Family: unix.AF_UNSPEC, Ifindex: int32(ifindex),
+		Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT,
+	})
+	r.AddData(nl.NewRtAttr(nl.TCA_KIND, nl.ZeroTerminated("clsact")))
+	errs, err := request(r)
+	if err == nil {
+		err = errs[0]
+	}
+	switch {
+	case errors.Is(err, unix.EEXIST):
 		return hasClsact(ifindex)
-	} else if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOENT) {
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("%w: the kernel has no clsact: %w", ErrNoHook, err)
-	} else if err != nil {
+	case err != nil:
 		return fmt.Errorf("add clsact to interface %d: %w", ifindex, err)
 	}
 	return nil
 }
 
+// request has the kernel carry out changes in the network namespace of the
+// calling thread and returns the error of each.
+func request(changes ...*nl.NetlinkRequest) ([]error, error) {
+	socket, err := rtnl.Open()
+	if err != nil {
+		return nil, err
+	}
+	answers, err := socket.Do(changes...)
+	if err = errors.Join(err, socket.Close()); err != nil {
+		return nil, err
+	}
+	errs := make([]error, len(answers))
+	for i, a := range answers {
+		errs[i] = a.Err
+	}
+	return errs, nil
+}
+
 // replaceFilters adds our filters or swaps the programs of those that are
 // there, without a gap between old and new.
 func (s *State) replaceFilters(ifindex int) error {
-	for direction, name := range programNames() {
-		p, err := s.program(name)
-		if err != nil {
-			return err
-		}
-		if err := netlink.FilterReplace(s.filter(ifindex, direction, p.FD())); err != nil {
-			return fmt.Errorf("attach %s to interface %d: %w", name, ifindex, err)
+	both, err := s.filters(ifindex)
+	if err != nil {
+		return err
+	}
+	return changeFilters("attach", unix.RTM_NEWTFILTER, unix.NLM_F_CREATE, both[:]...)
+}
+
+// changeFilters makes a change to each filter, whatever becomes of the others.
+func changeFilters(what string, command, flags int, filters ...filter) error {
+	changes := make([]*nl.NetlinkRequest, len(filters))
+	for i, f := range filters {
+		changes[i] = filterRequest(command, flags, f)
+	}
+	errs, err := request(changes...)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", what, filters[0], err)
+	}
+	for i, err := range errs {
+		if command == unix.RTM_DELTFILTER && isGone(err) {
+			errs[i] = nil
+		} else if err != nil {
+			errs[i] = fmt.Errorf("%s %s: %w", what, filters[i], err)
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // leadFilters puts our filters in front of others of the same priority. The
@@ -114,34 +187,39 @@ func (s *State) replaceFilters(ifindex int) error {
 // its place, so that ours are added anew, behind stand-ins that keep the hook
 // meanwhile.
 func (s *State) leadFilters(ifindex int) error {
-	for direction, name := range programNames() {
-		p, err := s.program(name)
-		if err != nil {
-			return err
-		}
-		ours, standIn := s.filter(ifindex, direction, p.FD()), s.filter(ifindex, direction, p.FD())
-		standIn.Handle++
+	both, err := s.filters(ifindex)
+	if err != nil {
+		return err
+	}
+	for _, ours := range both {
+		standIn := ours
+		standIn.handle++
 		for _, step := range []func() error{
-			func() error { return deleteFilter(standIn) }, // of a process that died
-			func() error { return netlink.FilterAdd(standIn) },
-			func() error { return deleteFilter(ours) },
-			func() error { return netlink.FilterAdd(ours) },
-			func() error { return deleteFilter(standIn) },
+			func() error { return deleteFilters(standIn) }, // of a process that died
+			func() error { return addFilter(standIn) },
+			func() error { return deleteFilters(ours) },
+			func() error { return addFilter(ours) },
+			func() error { return deleteFilters(standIn) },
 		} {
 			if err := step(); err != nil {
-				return fmt.Errorf("attach %s to interface %d: %w", name, ifindex, err)
+				return err
 			}
 		}
 	}
 	return nil
 }
 
-// deleteFilter removes a filter, if it is there.
-func deleteFilter(f netlink.Filter) error {
-	if err := netlink.FilterDel(f); err != nil && !isGone(err) {
-		return err
-	}
-	return nil
+func addFilter(f filter) error {
+	return changeFilters("attach", unix.RTM_NEWTFILTER, unix.NLM_F_CREATE|unix.NLM_F_EXCL, f)
+}
+
+// deleteFilters removes those that are there.
+func deleteFilters(filters ...filter) error {
+	return changeFilters("detach", unix.RTM_DELTFILTER, 0, filters...)
+}
+
+func detachClsact(ifindex int) error {
+	return deleteFilters(filter{ifindex, 0, filterHandle, nil}, filter{ifindex, 1, filterHandle, nil})
 }
 
 // hasClsact tells a clsact qdisc from a plain ingress one, which has the same
@@ -157,16 +235,6 @@ func hasClsact(ifindex int) error {
 		}
 	}
 	return fmt.Errorf("%w: interface %d has an ingress qdisc, which excludes clsact", ErrNoHook, ifindex)
-}
-
-func (s *State) detachClsact(ifindex int) error {
-	var errs []error
-	for direction, name := range programNames() {
-		if err := deleteFilter(s.filter(ifindex, direction, -1)); err != nil {
-			errs = append(errs, fmt.Errorf("detach %s from interface %d: %w", name, ifindex, err))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // isGone: the interface, its qdisc or the filter is not there.

@@ -98,6 +98,9 @@ type Endpoint struct {
 	// CNIIfName is the CNI_IFNAME of the attachment that the interface came
 	// with; empty means Key.IfName. An attachment may have several interfaces.
 	CNIIfName string `json:"cniIfname,omitempty"`
+	// Interfaces is how many the attachment has that are gated; zero means that
+	// nobody knows.
+	Interfaces int `json:"interfaces,omitempty"`
 	// ID is never reused, Gate is the slot in the gates map.
 	ID   uint32 `json:"id"`
 	Gate uint32 `json:"gate"`
@@ -162,8 +165,8 @@ func (e *Endpoint) wire() (*bpf.DatapathEndpoint, error) {
 	w := &bpf.DatapathEndpoint{
 		Id: e.ID, Gate: e.Gate, Ifindex: uint32(e.HostIfindex),
 		Mode: uint8(e.Mode), Attach: uint8(e.Attach), Flags: e.flags(),
-		AddressesCount: uint16(len(e.Addresses)),
-		CreatedNs:      uint64(e.Created.UnixNano()),
+		AddressesCount: uint16(len(e.Addresses)), Interfaces: uint32(e.Interfaces),
+		CreatedNs: uint64(e.Created.UnixNano()),
 	}
 	if len(e.MAC) != len(w.Mac) {
 		return nil, fmt.Errorf("%w: MAC address %q", ErrInvalid, e.MAC)
@@ -197,8 +200,8 @@ func unwireEndpoint(k *bpf.DatapathAttachment, w *bpf.DatapathEndpoint) (Endpoin
 	e := Endpoint{
 		Key: attachmentKey(k), ID: w.Id, Gate: w.Gate, HostIfindex: int(w.Ifindex),
 		MAC:       net.HardwareAddr(append([]byte(nil), w.Mac[:]...)),
-		CNIIfName: text(w.CniIfname[:]),
-		Network:   text(w.Network[:]), NetNS: text(w.Netns[:]),
+		CNIIfName: text(w.CniIfname[:]), Interfaces: int(w.Interfaces),
+		Network: text(w.Network[:]), NetNS: text(w.Netns[:]),
 		PodUID: text(w.PodUid[:]), PodNamespace: text(w.PodNamespace[:]), PodName: text(w.PodName[:]),
 		Pod:       policy.PodKey(text(w.PodKey[:])),
 		AntiSpoof: w.Flags&uint16(bpf.DatapathGateFlagsGATE_ANTI_SPOOF) != 0,

@@ -8,7 +8,6 @@ package pinning_test
 import (
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -16,8 +15,6 @@ import (
 	"sync"
 	"testing"
 	"time"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/policy"
@@ -510,19 +507,31 @@ func TestSeveralInterfaces(t *testing.T) {
 	there(keys[2], false)
 }
 
-// The main plugin may have given the node an address a moment ago.
-func TestAddLearnsNodeAddresses(t *testing.T) {
+// The record of an attachment's only interface spares DEL the search for
+// others, but not those of an earlier ADD.
+func TestOnlyInterface(t *testing.T) {
 	l := newLab(t)
-	host := l.veth("a")
-	l.do(func() error {
-		return netlink.AddrAdd(host, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(192, 0, 2, 1), Mask: net.CIDRMask(24, 32)}})
-	})
-	e, _ := l.add(request(host, "10.0.0.1"))
-	for address, want := range map[string]bpf.DatapathReason{
-		"192.0.2.1": bpf.DatapathReasonREASON_NODE, "192.0.2.2": bpf.DatapathReasonREASON_CLOSED,
-	} {
-		if a := l.probe(e.Gate, policy.Egress, "10.0.0.1", address, 80); a.Reason != want {
-			t.Errorf("to %s: %+v", address, a)
+	first, second := request(l.veth("a"), "10.0.0.1"), request(l.veth("b"), "10.0.0.2")
+	second.Key = pinning.AttachmentKey{ContainerID: first.Key.ContainerID, IfName: "eth1"}
+	second.CNIIfName = first.Key.IfName
+	for name, before := range map[string]int{"not known": 0, "both": 2} {
+		first.Interfaces, second.Interfaces = before, before
+		l.add(first)
+		l.add(second)
+		first.Interfaces = 1
+		l.add(first)
+		l.delete(first.Key)
+		for _, k := range []pinning.AttachmentKey{first.Key, second.Key} {
+			if _, _, err := l.state.Endpoint(k); !errors.Is(err, pinning.ErrNotFound) {
+				t.Errorf("interfaces were %s: %s: %v", name, k, err)
+			}
 		}
+	}
+	if e, _ := l.add(first); e.Interfaces != 1 {
+		t.Errorf("endpoint has %d interfaces", e.Interfaces)
+	}
+	l.delete(first.Key)
+	if n := l.holdings()[bpf.DatapathMapEndpoints]; n != 0 {
+		t.Errorf("%d endpoints are left", n)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -227,6 +228,10 @@ func (s *State) SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error 
 			errs = append(errs, s.mark(a, peerNode))
 			moved = append(moved, exactKey(a))
 		}
-		return errors.Join(append(errs, s.addressesMoved(), s.rechoose(moved))...)
+		if err := errors.Join(append(errs, s.addressesMoved(), s.rechoose(moved))...); err != nil {
+			return err
+		}
+		s.shared.knowNodes(time.Now())
+		return nil
 	})
 }

@@ -22,6 +22,9 @@ import (
 // endpoint's actual Attach are not read.
 type AddRequest struct {
 	Endpoint
+	// Bridge is the number of the interface that HostIfindex is a port of, 0 if
+	// of none. Its addresses may be the node's newest.
+	Bridge int
 	// Attach is the wanted kind.
 	Attach AttachKind
 	// Wait bounds how long Add waits for the policy of the pod to be known.
@@ -38,10 +41,17 @@ type AddRequest struct {
 func (s *State) Add(ctx context.Context, r AddRequest) (Endpoint, Enforcement, error) {
 	var e Endpoint
 	err := s.locked(ctx, func() error {
-		if err := s.delete(r.Key); err != nil {
+		former, err := s.find(r.Key)
+		if err == nil && former != nil {
+			if former.Interfaces != 1 {
+				// Its others are there still.
+				r.Interfaces = 0
+			}
+			err = s.end(former)
+		}
+		if err != nil {
 			return fmt.Errorf("replace endpoint %s: %w", r.Key, err)
 		}
-		var err error
 		if e, err = s.add(r); err != nil {
 			return errors.Join(err, s.delete(r.Key))
 		}
@@ -89,7 +99,7 @@ func (s *State) undo(e *Endpoint) error {
 	}
 	errs := []error{s.detachTCX(e.ID)}
 	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
-		errs = append(errs, s.detachClsact(e.HostIfindex))
+		errs = append(errs, detachClsact(e.HostIfindex))
 	}
 	return errors.Join(errs...)
 }
@@ -127,7 +137,7 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	if err := s.classify(e.Pod, published.Class, e.Addresses); err != nil {
 		return e, err
 	}
-	if err := s.learnNodeAddresses(e.HostIfindex); err != nil {
+	if err := s.learnNodeAddresses(e.HostIfindex, r.Bridge); err != nil {
 		return e, err
 	}
 	return e, s.openGate(sh, &e, published, found)
@@ -289,8 +299,13 @@ func (s *State) Delete(ctx context.Context, k AttachmentKey) error {
 }
 
 // endpointsOf lists the endpoints of an attachment: its own interface and
-// those that came with it.
+// those that came with it. They are looked for among all endpoints unless the
+// record says that there are none.
 func (s *State) endpointsOf(k AttachmentKey) ([]AttachmentKey, error) {
+	e, err := s.find(k)
+	if err != nil || e != nil && e.Interfaces == 1 {
+		return []AttachmentKey{k}, err
+	}
 	m, err := s.m(bpf.DatapathMapEndpoints)
 	if err != nil {
 		return nil, err
@@ -314,24 +329,46 @@ func (s *State) endpointsOf(k AttachmentKey) ([]AttachmentKey, error) {
 }
 
 func (s *State) delete(k AttachmentKey) error {
+	e, err := s.find(k)
+	if err != nil || e == nil {
+		return err
+	}
+	return s.end(e)
+}
+
+// find reads a record, or nil if there is none. One that cannot be read whole
+// still names what to clean.
+func (s *State) find(k AttachmentKey) (*Endpoint, error) {
 	key, err := k.wire()
+	if err != nil {
+		return nil, err
+	}
+	m, err := s.m(bpf.DatapathMapEndpoints)
+	if err != nil {
+		return nil, err
+	}
+	var w bpf.DatapathEndpoint
+	if err := m.Lookup(&key, &w); errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("%s: %w", m, err)
+	}
+	e, err := unwireEndpoint(&key, &w)
+	if err != nil {
+		s.log.Warn("broken record", "error", err)
+	}
+	return &e, nil
+}
+
+// end takes an endpoint away, its record last.
+func (s *State) end(e *Endpoint) error {
+	key, err := e.Key.wire()
 	if err != nil {
 		return err
 	}
 	m, err := s.m(bpf.DatapathMapEndpoints)
 	if err != nil {
 		return err
-	}
-	var w bpf.DatapathEndpoint
-	if err := m.Lookup(&key, &w); errors.Is(err, ebpf.ErrKeyNotExist) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("%s: %w", m, err)
-	}
-	// A record that cannot be read whole still names what to clean.
-	e, readErr := unwireEndpoint(&key, &w)
-	if readErr != nil {
-		s.log.Warn("broken record", "error", readErr)
 	}
 	sh, err := s.memory()
 	if err != nil {
@@ -345,11 +382,11 @@ func (s *State) delete(k AttachmentKey) error {
 	// gate is another's is not ours any more.
 	errs := []error{s.detachTCX(e.ID)}
 	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
-		errs = append(errs, s.detachClsact(e.HostIfindex))
+		errs = append(errs, detachClsact(e.HostIfindex))
 	}
 	errs = append(errs, s.setSources(e.ID, e.Addresses, false))
 	if len(e.Addresses) > 0 {
-		errs = append(errs, s.release(k, e.Addresses))
+		errs = append(errs, s.release(e.Key, e.Addresses))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err

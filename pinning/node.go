@@ -4,20 +4,26 @@
 package pinning
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
+	"sync/atomic"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/pinning/rtnl"
 )
 
 // ipvsInterface holds the addresses of Services, which are not the node.
 const ipvsInterface = "kube-ipvs0"
+
+// nodeTime is how long an ADD relies on what is known of the node's addresses,
+// but for those of the interfaces it is about. The daemon hears of changes at
+// once; where there is none, ADDs look for them.
+const nodeTime = time.Minute
 
 // learnNodeAddresses adds those of this node that are not known yet: the main
 // plugin may have given its bridge one a moment ago. Link-local ones are known
@@ -25,8 +31,37 @@ const ipvsInterface = "kube-ipvs0"
 // an interface has other addresses too, as a bridge that is a gateway does, and
 // not at the host ends of all other pods. Only the daemon removes addresses,
 // and only it knows which are service addresses.
-func (s *State) learnNodeAddresses(host int) error {
-	addrs, err := nodeAddresses()
+//
+// A dump of all addresses takes the longer the more pods there are, each host
+// end having a link-local one.
+func (s *State) learnNodeAddresses(host, bridge int) error {
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	socket, err := rtnl.Open()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = socket.Close() }()
+	if err := socket.Strict(); err != nil {
+		return err
+	}
+	if age := time.Since(sh.nodesKnown()); age < 0 || age > nodeTime {
+		return s.learnFrom(socket, 0, host)
+	}
+	if bridge != 0 {
+		if err := s.learnFrom(socket, bridge, host); err != nil {
+			return err
+		}
+	}
+	return s.learnFrom(socket, host, host)
+}
+
+// learnFrom learns the addresses of an interface, or of all if it is zero.
+func (s *State) learnFrom(socket *rtnl.Socket, ifindex, host int) error {
+	began := time.Now()
+	addrs, err := nodeAddresses(socket, ifindex)
 	if err != nil {
 		return fmt.Errorf("list the node's addresses: %w", err)
 	}
@@ -37,11 +72,11 @@ func (s *State) learnNodeAddresses(host int) error {
 	reachable := map[int]bool{host: true}
 	for _, a := range addrs {
 		if !a.IsLinkLocalUnicast() {
-			reachable[a.ifindex] = true
+			reachable[a.Ifindex] = true
 		}
 	}
 	for _, a := range addrs {
-		if a.IsLoopback() || !reachable[a.ifindex] {
+		if a.IsLoopback() || !reachable[a.Ifindex] {
 			continue
 		}
 		w := wire(a.Addr)
@@ -49,17 +84,31 @@ func (s *State) learnNodeAddresses(host int) error {
 		if err := peers.Lookup(&w, &p); err == nil && p.Class&peerNode != 0 {
 			continue
 		}
-		if service, err := isIPVS(a.ifindex); err != nil || service {
-			if err != nil {
-				return err
+		if ifindex == 0 && a.Ifindex != host {
+			if service, err := isIPVS(a.Ifindex); err != nil || service {
+				if err != nil {
+					return err
+				}
+				continue
 			}
-			continue
 		}
 		if err := s.mark(a.Addr, peerNode); err != nil {
 			return err
 		}
 	}
+	if ifindex == 0 {
+		s.shared.knowNodes(began)
+	}
 	return nil
+}
+
+// nodesKnown is when all of the node's addresses were last known.
+func (sh *shared) nodesKnown() time.Time {
+	return time.Unix(0, int64(atomic.LoadUint64(&sh.state.NodesNs)))
+}
+
+func (sh *shared) knowNodes(at time.Time) {
+	atomic.StoreUint64(&sh.state.NodesNs, uint64(at.UnixNano()))
 }
 
 func isIPVS(ifindex int) (bool, error) {
@@ -73,60 +122,35 @@ func isIPVS(ifindex int) (bool, error) {
 	return l.Attrs().Name == ipvsInterface, nil
 }
 
-type nodeAddress struct {
-	netip.Addr
-	ifindex int
-}
-
 // dumps is how often a dump is begun anew.
 const dumps = 3
 
-// nodeAddresses lists what the interfaces of this network namespace have. When
-// pods come and go the kernel may say each time that addresses have changed
-// meanwhile; those of the last dump were there then.
-func nodeAddresses() (addrs []nodeAddress, err error) {
+// nodeAddresses lists what an interface of this network namespace has, or all
+// of them have. When pods come and go the kernel may say each time that
+// addresses have changed meanwhile; those of the last dump were there then.
+func nodeAddresses(socket *rtnl.Socket, ifindex int) ([]rtnl.Address, error) {
+	var answer rtnl.Answer
 	for range dumps {
-		addrs = nil
-		var broken error
-		request := nl.NewNetlinkRequest(unix.RTM_GETADDR, unix.NLM_F_DUMP)
-		request.AddData(nl.NewIfAddrmsg(unix.AF_UNSPEC))
-		err = request.ExecuteIter(unix.NETLINK_ROUTE, unix.RTM_NEWADDR, func(m []byte) bool {
-			var a nodeAddress
-			if a, broken = parseAddress(m); a.IsValid() {
-				addrs = append(addrs, a)
-			}
-			return broken == nil
-		})
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return addrs, errors.Join(err, broken)
+		answers, err := socket.Do(rtnl.Addresses(ifindex))
+		if err != nil {
+			return nil, err
+		}
+		if answer = answers[0]; !errors.Is(answer.Err, nl.ErrDumpInterrupted) {
+			break
+		}
+	}
+	if err := answer.Err; err != nil && !errors.Is(err, nl.ErrDumpInterrupted) && !errors.Is(err, unix.ENODEV) {
+		return nil, err
+	}
+	var addrs []rtnl.Address
+	for _, m := range answer.Messages {
+		a, err := rtnl.ParseAddress(m)
+		if err != nil {
+			return nil, err
+		}
+		if a.IsValid() {
+			addrs = append(addrs, a)
 		}
 	}
 	return addrs, nil
-}
-
-// parseAddress reads a struct ifaddrmsg (linux/if_addr.h) and its attributes.
-func parseAddress(m []byte) (nodeAddress, error) {
-	if len(m) < unix.SizeofIfAddrmsg {
-		return nodeAddress{}, fmt.Errorf("%w: address message of %d bytes", ErrInvalid, len(m))
-	}
-	a := nodeAddress{ifindex: int(binary.NativeEndian.Uint32(m[4:]))}
-	attrs, err := nl.ParseRouteAttr(m[unix.SizeofIfAddrmsg:])
-	if err != nil {
-		return nodeAddress{}, fmt.Errorf("address message: %w", err)
-	}
-	for _, attr := range attrs {
-		ip, ok := netip.AddrFromSlice(attr.Value)
-		switch attr.Attr.Type {
-		case unix.IFA_LOCAL:
-			// Wins over IFA_ADDRESS, which is the peer's where they differ.
-			if ok {
-				a.Addr = ip.Unmap()
-			}
-		case unix.IFA_ADDRESS:
-			if ok && !a.IsValid() {
-				a.Addr = ip.Unmap()
-			}
-		}
-	}
-	return a, nil
 }

@@ -378,9 +378,7 @@ func (s *State) Events(ctx context.Context) (*flow.Reader, error) {
 	if s.private {
 		return flow.NewReader(events, lost, nil)
 	}
-	now, cancel := context.WithCancel(ctx)
-	cancel()
-	l, err := acquire(now, s.layout.eventsDir())
+	l, err := acquire(ctx, s.layout.eventsDir(), 0)
 	if err != nil {
 		return nil, fmt.Errorf("event ring: %w", err)
 	}

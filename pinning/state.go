@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/pin"
 	"golang.org/x/sys/unix"
 
 	"github.com/podgate/podgate/bpf"
@@ -107,9 +108,7 @@ func Ensure(ctx context.Context, o Options) (*State, error) {
 	if err := os.Mkdir(o.Layout.Dir(), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return nil, fmt.Errorf("make instance: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, o.LockTimeout)
-	defer cancel()
-	l, err := acquire(ctx, o.Layout.Dir())
+	l, err := acquire(ctx, o.Layout.Dir(), o.LockTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -286,10 +285,7 @@ func (s *State) m(name string) (*ebpf.Map, error) {
 	if m, ok := s.opened[name]; ok {
 		return m, nil
 	}
-	m, err := ebpf.LoadPinnedMap(s.layout.MapPath(name), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("map %s: %w", name, ErrNotInstalled)
-	}
+	m, err := loadPin[*ebpf.Map](s.layout.MapPath(name))
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", name, err)
 	}
@@ -305,10 +301,7 @@ func (s *State) program(name string) (*ebpf.Program, error) {
 	if p, ok := s.programs[name]; ok {
 		return p, nil
 	}
-	p, err := ebpf.LoadPinnedProgram(s.layout.ProgramPath(name), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("program %s: %w", name, ErrNotInstalled)
-	}
+	p, err := loadPin[*ebpf.Program](s.layout.ProgramPath(name))
 	if err != nil {
 		return nil, fmt.Errorf("program %s: %w", name, err)
 	}
@@ -316,14 +309,30 @@ func (s *State) program(name string) (*ebpf.Program, error) {
 	return p, nil
 }
 
+// loadPin opens a pinned object. [ebpf.LoadPinnedProgram] would also find out
+// whether the kernel knows names of objects: it makes a map for that, and looks
+// for a BPF token at every mount point of the node.
+func loadPin[T pin.Pinner](path string) (T, error) {
+	var none T
+	object, err := pin.Load(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return none, ErrNotInstalled
+	}
+	if err != nil {
+		return none, err
+	}
+	if t, ok := object.(T); ok {
+		return t, nil
+	}
+	return none, errors.Join(fmt.Errorf("%w: %s is a %T, not a %T", ErrABI, path, object, none), object.Close())
+}
+
 // locked runs f while no other process changes the instance.
 func (s *State) locked(ctx context.Context, f func() error) error {
 	if s.private {
 		return f()
 	}
-	ctx, cancel := context.WithTimeout(ctx, s.lockTimeout)
-	defer cancel()
-	l, err := acquire(ctx, s.layout.Dir())
+	l, err := acquire(ctx, s.layout.Dir(), s.lockTimeout)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: no %s", ErrNotInstalled, s.layout.Dir())
 	}
@@ -389,9 +398,7 @@ func mountBPFFS(ctx context.Context, path string, timeout time.Duration) error {
 		return err
 	}
 	// Of two at once one mounts: a second mount would hide the first.
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	l, err := acquire(ctx, filepath.Dir(path))
+	l, err := acquire(ctx, filepath.Dir(path), timeout)
 	if err != nil {
 		return err
 	}

@@ -6,7 +6,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 
@@ -34,7 +33,7 @@ func (c *call) add(ctx context.Context, args *skel.CmdArgs) error {
 		}
 		defer state.Close()
 		for _, e := range endpoints {
-			added, enforcement, err := state.Add(ctx, a.request(e))
+			added, enforcement, err := state.Add(ctx, e)
 			if err != nil {
 				return fmt.Errorf("gate %s: %w", e.Key.IfName, err)
 			}
@@ -43,10 +42,6 @@ func (c *call) add(ctx context.Context, args *skel.CmdArgs) error {
 		}
 	}
 	return c.print(a.result)
-}
-
-func (a *attachment) request(e pinning.Endpoint) pinning.AddRequest {
-	return pinning.AddRequest{Endpoint: e, Attach: a.attach(), Wait: time.Duration(a.conf.WaitForPolicy)}
 }
 
 func (a *attachment) attach() pinning.AttachKind {

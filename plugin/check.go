@@ -30,7 +30,7 @@ func (c *call) check(ctx context.Context, args *skel.CmdArgs) error {
 	}
 	defer state.Close()
 	for _, e := range endpoints {
-		if err := state.Check(ctx, e.Key, e); err != nil {
+		if err := state.Check(ctx, e.Key, e.Endpoint); err != nil {
 			return fmt.Errorf("%w: %s: %w", errCheck, e.Key.IfName, err)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -47,9 +48,10 @@ func (c *call) attachment(args *skel.CmdArgs) (*attachment, error) {
 	return a, nil
 }
 
-// endpoints finds the veth of every interface of the pod. The first endpoint is
-// that of CNI_IFNAME, unless the interface is no veth and those are skipped.
-func (a *attachment) endpoints(logger *slog.Logger) ([]pinning.Endpoint, error) {
+// endpoints finds the veth of every interface of the pod and how ADD is to gate
+// it. The first is that of CNI_IFNAME, unless the interface is no veth and those
+// are skipped.
+func (a *attachment) endpoints(logger *slog.Logger) ([]pinning.AddRequest, error) {
 	interfaces, err := ipamhooks.PodInterfaces(a.result, a.args.IfName)
 	if err != nil {
 		return nil, fmt.Errorf("prevResult: %w", err)
@@ -60,7 +62,7 @@ func (a *attachment) endpoints(logger *slog.Logger) ([]pinning.Endpoint, error) 
 		return nil, err
 	}
 	defer ns.close()
-	var endpoints []pinning.Endpoint
+	var requests []pinning.AddRequest
 	for _, i := range interfaces {
 		v, err := ns.veth(i.Name)
 		switch {
@@ -72,10 +74,16 @@ func (a *attachment) endpoints(logger *slog.Logger) ([]pinning.Endpoint, error) 
 		case err != nil:
 			return nil, err
 		default:
-			endpoints = append(endpoints, a.endpoint(i, v))
+			requests = append(requests, pinning.AddRequest{
+				Endpoint: a.endpoint(i, v), Bridge: v.peer.Attrs().MasterIndex,
+				Attach: a.attach(), Wait: time.Duration(a.conf.WaitForPolicy),
+			})
 		}
 	}
-	return endpoints, nil
+	for i := range requests {
+		requests[i].Interfaces = len(requests)
+	}
+	return requests, nil
 }
 
 func (a *attachment) endpoint(i ipamhooks.Interface, v *veth) pinning.Endpoint {

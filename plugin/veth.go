@@ -12,8 +12,11 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/podgate/podgate/pinning/rtnl"
 )
 
 // Reasons why an interface cannot be gated.
@@ -26,7 +29,7 @@ var (
 // podNetNS looks into a pod's network namespace from outside.
 type podNetNS struct {
 	path   string
-	handle *netlink.Handle
+	socket *rtnl.Socket
 	host   netns.NsHandle
 }
 
@@ -46,16 +49,16 @@ func openNetNS(path string, override bool) (*podNetNS, error) {
 		host.Close()
 		return nil, fmt.Errorf("%w: CNI_NETNS=%s is the network namespace of the host", errNetNS, path)
 	}
-	handle, err := netlink.NewHandleAt(pod, unix.NETLINK_ROUTE)
+	socket, err := rtnl.OpenAt(pod, host)
 	if err != nil {
 		host.Close()
 		return nil, fmt.Errorf("%w: CNI_NETNS=%s: %w", errNetNS, path, err)
 	}
-	return &podNetNS{path: path, handle: handle, host: host}, nil
+	return &podNetNS{path: path, socket: socket, host: host}, nil
 }
 
 func (n *podNetNS) close() {
-	n.handle.Close()
+	n.socket.Close()
 	n.host.Close()
 }
 
@@ -73,58 +76,91 @@ type veth struct {
 // which namespace (IFLA_LINK_NETNSID, an id that the pod's namespace gives), and
 // that end must in turn point here.
 func (n *podNetNS) veth(name string) (*veth, error) {
-	link, err := n.handle.LinkByName(name)
-	if errors.As(err, &netlink.LinkNotFoundError{}) {
-		return nil, fmt.Errorf("%w: %s in %s", errNoInterface, name, n.path)
-	}
+	link, hostID, addresses, err := n.look(name)
 	if err != nil {
-		return nil, fmt.Errorf("interface %s in %s: %w", name, n.path, err)
+		return nil, err
 	}
 	attrs := link.Attrs()
 	if link.Type() != "veth" {
 		return nil, fmt.Errorf("%w: %s is of type %s", errNotVeth, name, link.Type())
 	}
-	hostID, err := n.handle.GetNetNsIdByFd(int(n.host))
-	if err != nil {
-		return nil, fmt.Errorf("id of the host's network namespace in %s: %w", n.path, err)
-	}
 	if attrs.NetNsID < 0 || attrs.NetNsID != hostID {
 		return nil, fmt.Errorf("%w: the peer of %s is in another network namespace", errNotVeth, name)
 	}
-	peer, err := netlink.LinkByIndex(attrs.ParentIndex)
+	peer, err := hostLink(attrs.ParentIndex)
 	if err != nil {
 		return nil, fmt.Errorf("peer of %s, interface %d of the host: %w", name, attrs.ParentIndex, err)
 	}
 	if peer.Type() != "veth" || peer.Attrs().ParentIndex != attrs.Index {
 		return nil, fmt.Errorf("%w: %s of the host is not the peer of %s", errNotVeth, peer.Attrs().Name, name)
 	}
-	addresses, err := n.addresses(link)
-	if err != nil {
-		return nil, err
-	}
 	return &veth{pod: link, peer: peer, addresses: addresses}, nil
 }
 
-func (n *podNetNS) addresses(link netlink.Link) ([]netip.Addr, error) {
-	var list []netlink.Addr
+// look asks for an interface of the pod, the number that the pod's namespace
+// gives the host's, and the addresses of the interface. The interface comes
+// first: asking for it makes the kernel give that number.
+func (n *podNetNS) look(name string) (link netlink.Link, hostID int, addresses []netip.Addr, err error) {
+	var answers []rtnl.Answer
 	// The kernel interrupts a dump when addresses change under it.
 	for range 5 {
-		var err error
-		list, err = n.handle.AddrList(link, netlink.FAMILY_ALL)
-		if err == nil {
+		answers, err = n.socket.Do(rtnl.Link(0, name), rtnl.NetNSID(n.host), rtnl.Addresses(0))
+		if err != nil || !errors.Is(answers[2].Err, nl.ErrDumpInterrupted) {
 			break
 		}
-		if !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return nil, fmt.Errorf("addresses of %s in %s: %w", link.Attrs().Name, n.path, err)
+	}
+	if err != nil {
+		return nil, 0, nil, fmt.Errorf("interface %s in %s: %w", name, n.path, err)
+	}
+	if errors.Is(answers[0].Err, unix.ENODEV) || len(name) >= unix.IFNAMSIZ {
+		return nil, 0, nil, fmt.Errorf("%w: %s in %s", errNoInterface, name, n.path)
+	}
+	if link, err = onlyLink(answers[0]); err != nil {
+		return nil, 0, nil, fmt.Errorf("interface %s in %s: %w", name, n.path, err)
+	}
+	if err = answers[1].Err; err == nil && len(answers[1].Messages) == 1 {
+		hostID, err = rtnl.ParseNetNSID(answers[1].Messages[0])
+	}
+	if err != nil {
+		return nil, 0, nil, fmt.Errorf("id of the host's network namespace in %s: %w", n.path, err)
+	}
+	if err = answers[2].Err; err != nil {
+		return nil, 0, nil, fmt.Errorf("addresses in %s: %w", n.path, err)
+	}
+	for _, m := range answers[2].Messages {
+		a, err := rtnl.ParseAddress(m)
+		if err != nil {
+			return nil, 0, nil, fmt.Errorf("addresses in %s: %w", n.path, err)
+		}
+		if a.Ifindex == link.Attrs().Index && a.IsValid() {
+			addresses = append(addresses, a.Addr)
 		}
 	}
-	var addresses []netip.Addr
-	for _, a := range list {
-		if ip, ok := netip.AddrFromSlice(a.IP); ok {
-			addresses = append(addresses, ip.Unmap())
-		}
+	return link, hostID, addresses, nil
+}
+
+// hostLink is an interface of our own network namespace.
+func hostLink(index int) (netlink.Link, error) {
+	socket, err := rtnl.Open()
+	if err != nil {
+		return nil, err
 	}
-	return addresses, nil
+	defer socket.Close()
+	answers, err := socket.Do(rtnl.Link(index, ""))
+	if err != nil {
+		return nil, err
+	}
+	return onlyLink(answers[0])
+}
+
+func onlyLink(a rtnl.Answer) (netlink.Link, error) {
+	if a.Err != nil {
+		return nil, a.Err
+	}
+	if len(a.Messages) != 1 {
+		return nil, fmt.Errorf("%w: %d answers", rtnl.ErrMalformed, len(a.Messages))
+	}
+	return netlink.LinkDeserialize(nil, a.Messages[0])
 }
 
 // own returns the addresses that the pod sends from through v: those of the

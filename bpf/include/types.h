@@ -114,7 +114,7 @@ struct endpoint {
 	__u8 attach; /* 1 clsact, 2 tcx */
 	__u16 flags; /* enum gate_flags */
 	__u16 addresses_count;
-	__u32 mtu;
+	__u32 interfaces; /* of the attachment; 0: not known */
 	__u64 created_ns; /* CLOCK_REALTIME */
 	struct address addresses[16];
 	char cni_ifname
@@ -415,7 +415,8 @@ struct state {
 	__u32 next_endpoint;
 	__u32 generation; /* bumped by each ADD, DEL and GC */
 	__u32 next_ruleset;
-	__u64 reserved[4];
+	__u64 nodes_ns; /* CLOCK_REALTIME when all PEER_NODEs were last known */
+	__u64 reserved[3];
 };
 
 /*
