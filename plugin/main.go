@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command podgate-cni gates pods: a chained CNI plugin for the specification
-// versions 0.3.1 to 1.1.0. It attaches the pinned programs to the host side of
+// versions 0.3.0 to 1.1.0. It attaches the pinned programs to the host side of
 // every veth of the pod and claims the pod's addresses; it needs no daemon.
 //
 // Under the name podgate-ipam the same binary stands in front of an IPAM plugin
@@ -37,7 +37,7 @@ func main() {
 		funcs = call.ipam(ctx)
 	}
 	about := fmt.Sprintf("CNI plugin %s %s", name, version)
-	supported := cniversion.PluginSupports("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+	supported := cniversion.PluginSupports("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")
 	if err := skel.PluginMainFuncsWithError(funcs, supported, about); err != nil {
 		printError(os.Stdout, call.cniVersion, err)
 		os.Exit(1)

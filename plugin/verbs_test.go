@@ -25,7 +25,7 @@ import (
 	"github.com/podgate/podgate/test/netlab"
 )
 
-var versions = []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}
+var versions = []string{"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
 func atLeast(t *testing.T, version, other string) bool {
 	t.Helper()
