@@ -169,9 +169,9 @@ func (d *decoder) decodeObject(raw []byte, defaults metav1.TypeMeta, at location
 		d.decodeList(raw, head.TypeMeta, at)
 	case head.APIVersion == "networking.k8s.io/v1" && head.Kind == KindNetworkPolicy:
 		d.decodeInto(raw, &networkingv1.NetworkPolicy{}, name, at, kjson.DisallowDuplicateFields, kjson.DisallowUnknownFields)
-	case head.APIVersion == "v1" && head.Kind == "Pod":
+	case head.APIVersion == "v1" && head.Kind == KindPod:
 		d.decodeInto(raw, &corev1.Pod{}, name, at, kjson.DisallowDuplicateFields)
-	case head.APIVersion == "v1" && head.Kind == "Namespace":
+	case head.APIVersion == "v1" && head.Kind == KindNamespace:
 		d.decodeInto(raw, &corev1.Namespace{}, name, at, kjson.DisallowDuplicateFields)
 	default:
 		d.fault(at.find("kind").line(), name,

@@ -6,6 +6,7 @@ package manifest
 import (
 	"cmp"
 	"fmt"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -14,6 +15,13 @@ import (
 	"k8s.io/apimachinery/pkg/util/validation/field"
 
 	"github.com/podgate/podgate/bpf/policy"
+)
+
+// The kinds of translated objects.
+const (
+	KindNetworkPolicy = "NetworkPolicy"
+	KindPod           = "Pod"
+	KindNamespace     = "Namespace"
 )
 
 // Key names an object the way people do. Namespace is empty for namespaces.
@@ -45,35 +53,39 @@ type Object struct {
 	Node string
 	// Ended says that a pod has terminated and will not come back.
 	Ended bool
+	// Mirror says that a pod goes by a UID that its creator chose: the API
+	// server's copy of a static pod.
+	Mirror bool
+	// Created is when a pod was made; zero if not said.
+	Created time.Time
 	// Audit puts a namespace's pods in audit mode. A pod has its own flag.
 	Audit bool
 }
 
 // Translate translates a *NetworkPolicy, *Pod or *Namespace. The error is an
-// [*InvalidError].
+// [*InvalidError]; the object that comes with it is what could be understood of
+// it, and allows nothing that was not meant.
 func Translate(obj any) (Object, error) {
 	switch obj := obj.(type) {
 	case *networkingv1.NetworkPolicy:
 		p, err := Policy(obj)
-		if err != nil {
-			return Object{}, err
-		}
-		return Object{Key: Key{KindNetworkPolicy, p.Namespace, p.Name}, Policy: &p}, nil
+		return Object{Key: Key{KindNetworkPolicy, p.Namespace, p.Name}, Policy: &p}, err
 	case *corev1.Pod:
 		p, err := Pod(obj)
-		if err != nil {
-			return Object{}, err
-		}
-		return Object{Key: Key{"Pod", p.Namespace, p.Name}, Pod: &p, Node: obj.Spec.NodeName, Ended: ended(&obj.Status)}, nil
+		return Object{
+			Key: Key{KindPod, p.Namespace, p.Name}, Pod: &p,
+			Node: obj.Spec.NodeName, Ended: ended(&obj.Status), Mirror: isMirror(obj), Created: obj.CreationTimestamp.Time,
+		}, err
 	case *corev1.Namespace:
 		errs := validateMeta(&obj.ObjectMeta, validation.IsDNS1123Label)
 		errs = append(errs, metavalidation.ValidateLabels(obj.Labels, field.NewPath("metadata", "labels"))...)
 		audit, e := audited(&obj.ObjectMeta)
-		if errs = append(errs, e...); len(errs) > 0 {
-			return Object{}, &InvalidError{"Namespace", "", obj.Name, errs}
-		}
 		ns := Namespace(obj)
-		return Object{Key: Key{"Namespace", "", ns.Name}, Namespace: &ns, Audit: audit}, nil
+		out := Object{Key: Key{KindNamespace, "", ns.Name}, Namespace: &ns, Audit: audit}
+		if errs = append(errs, e...); len(errs) > 0 {
+			return out, &InvalidError{KindNamespace, "", obj.Name, errs}
+		}
+		return out, nil
 	}
 	return Object{}, fmt.Errorf("%T is no NetworkPolicy, Pod or Namespace", obj)
 }

@@ -31,7 +31,8 @@ const annotationMirror = corev1.MirrorPodAnnotationKey
 // addresses are those of its status, none once it has terminated because they
 // may belong to another pod by then. Local is left to the caller.
 //
-// The error is an [*InvalidError] with every fault found.
+// The error is an [*InvalidError] with every fault found. The pod that comes
+// with it lacks the addresses and ports that are faulty.
 func Pod(pod *corev1.Pod) (policy.Pod, error) {
 	namespace := cmp.Or(pod.Namespace, metav1.NamespaceDefault)
 	uid := cmp.Or(pod.Annotations[annotationMirror], string(pod.UID))
@@ -44,10 +45,7 @@ func Pod(pod *corev1.Pod) (policy.Pod, error) {
 	errs = append(errs, e...)
 	ports, e := namedPorts(&pod.Spec)
 	errs = append(errs, e...)
-	if len(errs) > 0 {
-		return policy.Pod{}, &InvalidError{"Pod", namespace, pod.Name, errs}
-	}
-	return policy.Pod{
+	out := policy.Pod{
 		Key:         PodKey(uid, namespace, pod.Name),
 		UID:         uid,
 		Namespace:   namespace,
@@ -58,7 +56,11 @@ func Pod(pod *corev1.Pod) (policy.Pod, error) {
 		HostNetwork: pod.Spec.HostNetwork,
 		Terminating: pod.DeletionTimestamp != nil,
 		Audit:       audit,
-	}, nil
+	}
+	if len(errs) > 0 {
+		return out, &InvalidError{KindPod, namespace, pod.Name, errs}
+	}
+	return out, nil
 }
 
 // PodKey is the key of a pod: its UID, or namespace/name when it has none.
@@ -117,7 +119,7 @@ func podAddresses(status *corev1.PodStatus) (out []netip.Addr, errs field.ErrorL
 	for i, ip := range ips {
 		a, err := netip.ParseAddr(ip.IP)
 		switch {
-		case err != nil || a.Zone() != "" || a.Is4In6():
+		case err != nil || a.Zone() != "" || a.Is4In6() || a.IsUnspecified():
 			at := path
 			if len(status.PodIPs) > 0 {
 				at = path.Index(i).Child("ip")
@@ -129,6 +131,8 @@ func podAddresses(status *corev1.PodStatus) (out []netip.Addr, errs field.ErrorL
 	}
 	return out, errs
 }
+
+func isMirror(pod *corev1.Pod) bool { return pod.Annotations[annotationMirror] != "" }
 
 func ended(status *corev1.PodStatus) bool {
 	return status.Phase == corev1.PodSucceeded || status.Phase == corev1.PodFailed

@@ -21,15 +21,14 @@ import (
 	"github.com/podgate/podgate/bpf/policy"
 )
 
-// KindNetworkPolicy is the Kind of a translated networking.k8s.io/v1
-// NetworkPolicy.
-const KindNetworkPolicy = "NetworkPolicy"
-
 // Policy translates a NetworkPolicy. Fields the API server would default
 // (policyTypes, protocol, namespace) may be missing; policyTypes that leave out
 // a direction leave its rules out too.
 //
-// The error is an [*InvalidError] with every fault found.
+// The error is an [*InvalidError] with every fault found. The policy that comes
+// with it allows nothing that was not meant: a rule with a fault matches
+// nothing, a podSelector that cannot be understood selects every pod of the
+// namespace, and unknown policyTypes isolate both directions.
 func Policy(np *networkingv1.NetworkPolicy) (policy.Policy, error) {
 	namespace := cmp.Or(np.Namespace, metav1.NamespaceDefault)
 	spec := field.NewPath("spec")
@@ -66,7 +65,7 @@ func Policy(np *networkingv1.NetworkPolicy) (policy.Policy, error) {
 		}
 	}
 	if len(errs) > 0 {
-		return policy.Policy{}, &InvalidError{KindNetworkPolicy, namespace, np.Name, errs}
+		return out, &InvalidError{KindNetworkPolicy, namespace, np.Name, errs}
 	}
 	return out, nil
 }
@@ -86,6 +85,7 @@ func directions(spec *networkingv1.NetworkPolicySpec, path *field.Path) (isolate
 		case networkingv1.PolicyTypeEgress:
 			isolates[policy.Egress] = true
 		default:
+			isolates = [2]bool{true, true}
 			errs = append(errs, field.NotSupported(path.Index(i), t,
 				[]networkingv1.PolicyType{networkingv1.PolicyTypeIngress, networkingv1.PolicyTypeEgress}))
 		}
@@ -94,7 +94,8 @@ func directions(spec *networkingv1.NetworkPolicySpec, path *field.Path) (isolate
 }
 
 // translateRule translates one rule; verb is "from" or "to". Missing and empty
-// peers (and ports) both match everything.
+// peers (and ports) both match everything. With an error the rule matches
+// nothing.
 func translateRule(namespace, verb string, peers []networkingv1.NetworkPolicyPeer, ports []networkingv1.NetworkPolicyPort, path *field.Path) (policy.Rule, field.ErrorList) {
 	rule := policy.Rule{
 		Action:  policy.Allow,
@@ -112,6 +113,9 @@ func translateRule(namespace, verb string, peers []networkingv1.NetworkPolicyPee
 		p, e := translatePort(&ports[i], path.Child("ports").Index(i))
 		rule.Ports = append(rule.Ports, p)
 		errs = append(errs, e...)
+	}
+	if len(errs) > 0 {
+		rule = policy.Rule{Action: policy.Allow, Text: rule.Text}
 	}
 	return rule, errs
 }
@@ -233,10 +237,15 @@ func translatePort(p *networkingv1.NetworkPolicyPort, path *field.Path) (policy.
 
 // selector translates a label selector. Its requirements are in an order of
 // their own (labels by key, then the expressions), so that equal manifests give
-// equal results.
+// equal results. With an error it is the empty one, which selects everything,
+// unless only values are no label values: API servers have stored such.
 func selector(s *metav1.LabelSelector, path *field.Path) (policy.Selector, field.ErrorList) {
-	if errs := metavalidation.ValidateLabelSelector(s, metavalidation.LabelSelectorValidationOptions{}, path); len(errs) > 0 {
-		return nil, errs
+	errs := metavalidation.ValidateLabelSelector(s, metavalidation.LabelSelectorValidationOptions{}, path)
+	if len(errs) > 0 {
+		lenient := metavalidation.LabelSelectorValidationOptions{AllowInvalidLabelValueInSelector: true}
+		if len(metavalidation.ValidateLabelSelector(s, lenient, path)) > 0 {
+			return nil, errs
+		}
 	}
 	var out policy.Selector
 	for _, key := range slices.Sorted(maps.Keys(s.MatchLabels)) {
@@ -245,7 +254,7 @@ func selector(s *metav1.LabelSelector, path *field.Path) (policy.Selector, field
 	for _, e := range s.MatchExpressions {
 		out = append(out, policy.Requirement{Key: e.Key, Operator: operator(e.Operator), Values: slices.Clone(e.Values)})
 	}
-	return out, nil
+	return out, errs
 }
 
 // operator of a valid label selector.
