@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -49,6 +50,7 @@ func (i *Inventory) derive() *derived {
 			objects = append(objects, o)
 		}
 	}
+	unmirror(objects)
 
 	attached := i.bind(d, objects)
 	for _, o := range objects {
@@ -80,14 +82,32 @@ func (i *Inventory) derive() *derived {
 			d.namespaces[pod.Namespace] = manifest.NamespaceOf(pod.Namespace, nil)
 		}
 	}
-	d.settleAddresses(attached)
+	d.settleAddresses(attached, objects)
 	return d
+}
+
+// unmirror takes the UID from the copies of static pods whose UID some other
+// pod has as well. A copy names it in an annotation, which whoever creates a
+// pod can write: it must not make one pod pass for another. Without a UID a pod
+// is found by its name, when it is attached.
+func unmirror(objects []manifest.Object) {
+	claims := make(map[policy.PodKey]int)
+	for _, o := range objects {
+		claims[o.Pod.Key]++
+	}
+	for i, o := range objects {
+		if o.Mirror && claims[o.Pod.Key] > 1 {
+			pod := *o.Pod
+			pod.UID, pod.Key = "", manifest.PodKey("", pod.Namespace, pod.Name)
+			objects[i].Pod = &pod
+		}
+	}
 }
 
 // expected says that a pod without an endpoint may get one here, so that its
 // rulesets must be there before.
 func (i *Inventory) expected(o manifest.Object) bool {
-	if o.Node != "" {
+	if o.Node != "" || !i.opts.Unlisted {
 		return o.Node == i.opts.Node
 	}
 	return len(o.Pod.Addresses) == 0
@@ -95,17 +115,17 @@ func (i *Inventory) expected(o manifest.Object) bool {
 
 // bind finds the pod of each endpoint and answers each pod's endpoints.
 func (i *Inventory) bind(d *derived, objects []manifest.Object) map[policy.PodKey][]pinning.Endpoint {
-	byUID := make(map[string]policy.PodKey)
+	byUID := make(map[string]*policy.Pod)
 	byName := make(map[[2]string]*policy.Pod)
 	for _, o := range objects {
 		if o.Pod.UID != "" {
-			byUID[o.Pod.UID] = o.Pod.Key
+			byUID[o.Pod.UID] = o.Pod
 		}
 		byName[[2]string{o.Pod.Namespace, o.Pod.Name}] = o.Pod
 	}
 	find := func(ep *pinning.Endpoint) (policy.PodKey, bool) {
-		if key, ok := byUID[ep.PodUID]; ok {
-			return key, true
+		if pod, ok := byUID[ep.PodUID]; ok && (i.opts.Unlisted || ep.PodName == "" || pod.Name == ep.PodName && pod.Namespace == namespaceOf(ep)) {
+			return pod.Key, true
 		}
 		pod, ok := byName[[2]string{namespaceOf(ep), ep.PodName}]
 		if ok && (i.opts.Unlisted || pod.UID == "" || ep.PodUID == "") {
@@ -145,10 +165,12 @@ func namespaceOf(ep *pinning.Endpoint) string {
 // nameOf is the container ID where the runtime knows no pods.
 func nameOf(ep *pinning.Endpoint) string { return cmp.Or(ep.PodName, ep.Key.ContainerID) }
 
-// settleAddresses takes addresses that a local pod has away from all others: of
-// local pods the one attached last has it, and a status elsewhere that still
-// names it is only old. Of pods elsewhere the compiler chooses.
-func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint) {
+// settleAddresses leaves each address to one pod where it can tell whose it is.
+// Of local pods the one attached last has it, and a status elsewhere that still
+// names it is only old. Of pods elsewhere the youngest has it, of those that
+// are not terminating; where it is not said when they were made, the compiler
+// chooses.
+func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint, objects []manifest.Object) {
 	claims := make(map[netip.Addr]policy.PodKey, len(d.pods))
 	contested := make(map[netip.Addr][]policy.PodKey)
 	for key, pod := range d.pods {
@@ -165,6 +187,13 @@ func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint)
 			}
 		}
 	}
+	if len(contested) == 0 {
+		return
+	}
+	created := make(map[policy.PodKey]time.Time, len(objects))
+	for _, o := range objects {
+		created[o.Pod.Key] = o.Created
+	}
 	latest := func(key policy.PodKey) uint32 {
 		if eps := attached[key]; len(eps) > 0 {
 			return eps[len(eps)-1].ID
@@ -175,7 +204,7 @@ func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint)
 		rivals := contested[a]
 		slices.SortFunc(rivals, func(x, y policy.PodKey) int {
 			p, q := d.pods[x], d.pods[y]
-			return cmp.Or(cmp.Compare(latest(y), latest(x)),
+			return cmp.Or(cmp.Compare(latest(y), latest(x)), compareBool(p.Terminating, q.Terminating), created[y].Compare(created[x]),
 				cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name, q.Name), cmp.Compare(x, y))
 		})
 		first := d.pods[rivals[0]]
@@ -188,10 +217,21 @@ func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint)
 					Reason:  fmt.Sprintf("its address %v is also that of %s", a, podName(first)),
 				})
 			}
-			if local {
+			if local || !created[key].IsZero() {
 				pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), func(b netip.Addr) bool { return a == b })
 				d.pods[key] = pod
 			}
 		}
 	}
+}
+
+// compareBool orders false before true.
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
 }
