@@ -208,7 +208,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			return
 		case b := <-batches:
 			d.take(b)
-			ready = true
+			ready = ready || !b.Lacks(source.PolicyKinds()...)
 		case _, ok := <-changes:
 			if !ok {
 				changes = nil

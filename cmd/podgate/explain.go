@@ -54,14 +54,20 @@ func (a *app) questions(ctx context.Context, m manifestFlags) (*questions, error
 	if m.auditPods {
 		return nil, errors.New("--audit-pods goes with --policy-dir: on this node it is what podgate sync was told")
 	}
-	node := reach.Node{Logger: slog.New(slog.DiscardHandler)}
+	var node reach.Node
 	s, _, err := a.daemon()
 	if err != nil {
 		return nil, err
 	}
 	if s != nil {
-		node.PolicyDir, node.Name, node.Cache = s.PolicyDir, s.Node, cacheDirectory(a.runDirectory())
-		node.AuditPods = s.AuditPods
+		from := origin{s.Origin}
+		node.Name, node.Unlisted, node.AuditPods = from.Node, from.unlisted(), from.AuditPods
+		if !from.empty() {
+			options := source.DirectoryOptions{Cache: cacheDirectory(a.runDirectory()), ReadOnly: true}
+			if node.Source, err = from.open(options, slog.New(slog.DiscardHandler)); err != nil {
+				return nil, err
+			}
+		}
 	}
 	state, err := a.open(ctx)
 	if err != nil {

@@ -144,10 +144,16 @@ func (d *daemon) logged() string {
 	return d.log.String()
 }
 
-// sync starts the daemon.
+// sync starts the daemon on the policy directory.
 func (l *lab) sync(args ...string) *daemon {
 	l.t.Helper()
-	d := &daemon{cmd: l.command(context.Background(), append([]string{"sync", "--policy-dir", l.dir, "--node-name", "n1"}, args...)...)}
+	return l.start(append([]string{"--policy-dir", l.dir}, args...)...)
+}
+
+// start starts the daemon.
+func (l *lab) start(args ...string) *daemon {
+	l.t.Helper()
+	d := &daemon{cmd: l.command(context.Background(), append([]string{"sync", "--node-name", "n1"}, args...)...)}
 	d.cmd.Stderr = d
 	if err := l.node.Do(d.cmd.Start); err != nil {
 		l.t.Fatal(err)

@@ -77,7 +77,7 @@ func TestWriteStatus(t *testing.T) {
 		Version: "v1.2.3", Instance: "/sys/fs/bpf/podgate", ABI: 1,
 		Daemon: &daemonReport{Running: true, Status: status.Status{
 			PID: 4711, Version: "v1.2.3", Started: noon.Add(-26 * time.Hour), Updated: noon.Add(-3 * time.Second),
-			Synced: noon.Add(-90 * time.Second), Node: "n1", PolicyDir: "/etc/podgate/policies",
+			Synced: noon.Add(-90 * time.Second), Origin: status.Origin{Node: "n1", PolicyDir: "/etc/podgate/policies"},
 			Policies: 1, Pods: 12, Namespaces: 2, Endpoints: 2, Problems: []source.Problem{},
 		}},
 		Endpoints: []endpointReport{

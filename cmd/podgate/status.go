@@ -236,7 +236,7 @@ func (a *app) writeStatus(w *bytes.Buffer, r *statusReport) {
 			running = "ran once (version " + d.Version + ")"
 		}
 		fmt.Fprintf(w, "sync %s\n", running)
-		fmt.Fprintf(w, "     policy from %s, synced %s: %s, %s, %s\n", d.PolicyDir, when(a.ago(d.Synced)),
+		fmt.Fprintf(w, "     policy from %s, synced %s: %s, %s, %s\n", cmp.Or(d.APIServer, d.PolicyDir), when(a.ago(d.Synced)),
 			plural(d.Policies, "policy", "policies"), plural(d.Pods, "pod", "pods"), plural(d.Namespaces, "namespace", "namespaces"))
 	}
 

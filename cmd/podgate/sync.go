@@ -20,6 +20,7 @@ import (
 
 	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd"
+	"github.com/podgate/podgate/syncd/apiserver"
 	"github.com/podgate/podgate/syncd/inventory"
 	"github.com/podgate/podgate/syncd/metrics"
 	"github.com/podgate/podgate/syncd/source"
@@ -28,30 +29,34 @@ import (
 
 // syncFlags are those of the sync command.
 type syncFlags struct {
-	policyDir string
-	node      string
-	auditPods bool
-	once      bool
-	metrics   string
-	capacity  pinning.Capacity
+	origin   origin
+	once     bool
+	metrics  string
+	capacity pinning.Capacity
 }
 
 func (a *app) syncCommand() *cobra.Command {
 	var f syncFlags
 	cmd := &cobra.Command{
-		Use:   "sync --policy-dir DIR",
-		Short: "Keep what is enforced equal to a directory of manifests",
-		Long: `Reads Kubernetes manifests (Namespace, Pod, NetworkPolicy; YAML or JSON, also as
-"kubectl get -o yaml" prints them) from a directory, keeps the kernel's tables
-equal to them, and follows changes of the directory and of the node's pods.
+		Use:   "sync {--kubeconfig FILE | --kubeconfig in-cluster | --policy-dir DIR}",
+		Short: "Keep what is enforced equal to the cluster's policy, or to a directory of manifests",
+		Long: `Keeps the kernel's tables equal to what policy says, and follows changes of it and
+of the node's pods.
 
-A file that is broken keeps its last good policy and is named in the log, in the
+With --kubeconfig policy is that of a cluster: Namespaces, Pods and
+NetworkPolicies of its API server. "in-cluster" stands for the service account
+of the pod this runs in. A server that does not answer changes nothing.
+
+With --policy-dir it is what Kubernetes manifests in a directory say (Namespace,
+Pod, NetworkPolicy; YAML or JSON, also as "kubectl get -o yaml" prints them). A
+file that is broken keeps its last good policy and is named in the log, in the
 metrics and by "podgate status". Pods without a manifest are in the namespace
 the runtime names, or "default", with the labels of args.cni.labels. Manifests
 of pods on other nodes say what address has which labels.
 
 What is enforced stays when this process ends, however it ends.`,
-		Example: `  podgate sync --policy-dir /etc/podgate/policies
+		Example: `  podgate sync --kubeconfig /etc/podgate/kubeconfig
+  podgate sync --policy-dir /etc/podgate/policies
   podgate sync --policy-dir ./policies --once`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -62,13 +67,16 @@ What is enforced stays when this process ends, however it ends.`,
 		},
 	}
 	flags := cmd.Flags()
-	flags.StringVar(&f.policyDir, "policy-dir", "", "directory of manifests")
-	flags.StringVar(&f.node, "node-name", "", "name of this node, as in spec.nodeName (default the host name)")
-	flags.BoolVar(&f.auditPods, "audit-pods", false, auditPodsUsage)
+	flags.StringVar(&f.origin.Kubeconfig, "kubeconfig", "", "kubeconfig of the cluster, or "+apiserver.InCluster)
+	flags.StringVar(&f.origin.PolicyDir, "policy-dir", "", "directory of manifests")
+	flags.StringVar(&f.origin.Node, "node-name", "", "name of this node, as in spec.nodeName (default $NODE_NAME, or the host name)")
+	flags.BoolVar(&f.origin.AuditPods, "audit-pods", false, auditPodsUsage)
 	flags.BoolVar(&f.once, "once", false, "apply the present state and exit; exit code 2 if some of it could not be")
 	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics, /healthz and /readyz on, such as 127.0.0.1:9090 (default none)")
 	capacityFlags(flags, &f.capacity)
-	if err := errors.Join(cmd.MarkFlagRequired("policy-dir"), cmd.MarkFlagDirname("policy-dir")); err != nil {
+	cmd.MarkFlagsOneRequired("kubeconfig", "policy-dir")
+	cmd.MarkFlagsMutuallyExclusive("kubeconfig", "policy-dir")
+	if err := errors.Join(cmd.MarkFlagDirname("policy-dir"), cmd.MarkFlagFilename("kubeconfig")); err != nil {
 		panic(err) // a flag that does not exist
 	}
 	return cmd
@@ -100,20 +108,19 @@ func capacityFlags(flags *pflag.FlagSet, c *pinning.Capacity) {
 
 func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	logger := a.logger()
-	dir, err := filepath.Abs(f.policyDir)
-	if err != nil {
+	if err := f.origin.complete(a.Getenv); err != nil {
 		return err
-	}
-	if f.node == "" {
-		if f.node, err = os.Hostname(); err != nil {
-			return fmt.Errorf("node name: %w", err)
-		}
 	}
 	run, err := status.Acquire(a.runDirectory())
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, run.Close()) }()
+
+	from, err := f.origin.open(source.DirectoryOptions{Cache: cacheDirectory(run.Path())}, logger)
+	if err != nil {
+		return err
+	}
 
 	options := a.options()
 	options.Capacity = f.capacity
@@ -126,14 +133,14 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	started := a.Now()
 	figures, health := metrics.NewDaemon(), metrics.NewHealth()
 	daemon := syncd.New(syncd.Options{
-		State: state,
-		Source: source.NewDirectory(source.DirectoryOptions{
-			Path: dir, Cache: cacheDirectory(run.Path()), Logger: logger,
-		}),
-		Inventory: inventory.Options{Node: f.node, Unlisted: true, AuditPods: f.auditPods},
+		State:  state,
+		Source: from,
+		Inventory: inventory.Options{
+			Node: f.origin.Node, Unlisted: f.origin.unlisted(), AuditPods: f.origin.AuditPods,
+		},
 		Report: func(s status.Status) {
 			s.PID, s.Version, s.Started = os.Getpid(), version, started
-			s.Node, s.PolicyDir, s.AuditPods, s.Once = f.node, dir, f.auditPods, f.once
+			s.Origin, s.Once = f.origin.Origin, f.once
 			health.Report(s)
 			if err := run.Write(s); err != nil {
 				logger.Error("status not written", "error", err)

@@ -42,17 +42,16 @@ func FromDirectory(ctx context.Context, dir string, auditPods bool, logger *slog
 
 // Node says where to find what a node's daemon reads.
 type Node struct {
-	// PolicyDir and Cache as of [source.DirectoryOptions]; without a PolicyDir
-	// only the kernel answers, and only about the pods attached here.
-	PolicyDir, Cache string
-	Name             string
-	// AuditPods as of [inventory.Options].
-	AuditPods bool
-	Logger    *slog.Logger
+	// Source is what the daemon follows; without one only the kernel answers, and
+	// only about the pods attached here.
+	Source source.Source
+	// Name, Unlisted and AuditPods as of [inventory.Options].
+	Name                string
+	Unlisted, AuditPods bool
 }
 
-// FromNode answers about what is enforced on this node: the compiler from the
-// manifests the daemon reads, the kernel from what is pinned. The state is read
+// FromNode answers about what is enforced on this node: the compiler from what
+// the daemon follows, the kernel from what is pinned. The state is read
 // and stays the caller's.
 func FromNode(ctx context.Context, state *pinning.State, n Node) (*Evaluator, error) {
 	e := newEvaluator()
@@ -72,17 +71,14 @@ func FromNode(ctx context.Context, state *pinning.State, n Node) (*Evaluator, er
 		e.node[a] = struct{}{}
 	}
 	var batch source.Batch
-	if n.PolicyDir == "" {
+	if n.Source == nil {
 		e.PolicyErr = errors.New("where the manifests are is not known; name them with --policy-dir")
-	} else {
-		dir := source.NewDirectory(source.DirectoryOptions{
-			Path: n.PolicyDir, Cache: n.Cache, ReadOnly: true, Logger: n.Logger,
-		})
-		if batch, err = dir.Load(ctx); err != nil {
-			e.PolicyErr = err
-		}
+	} else if batch, err = n.Source.Load(ctx); err != nil {
+		e.PolicyErr = err
 	}
-	e.take(batch, inventory.Options{Node: n.Name, Unlisted: true, AllLocal: true, AuditPods: n.AuditPods}, endpoints)
+	e.take(batch, inventory.Options{
+		Node: n.Name, Unlisted: n.Unlisted || n.Source == nil, AllLocal: true, AuditPods: n.AuditPods,
+	}, endpoints)
 	e.compiler.Compile()
 	bindings := e.inventory.Bindings()
 	for _, ep := range endpoints {

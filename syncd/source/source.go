@@ -4,11 +4,13 @@
 // Package source delivers the objects that policy is made of.
 //
 // A [Source] knows where objects come from and nothing of what becomes of
-// them. [Directory] reads Kubernetes manifests from files.
+// them. [Directory] reads Kubernetes manifests from files; package apiserver
+// asks an API server.
 package source
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/podgate/podgate/syncd/manifest"
@@ -29,8 +31,21 @@ type Source interface {
 type Batch struct {
 	Set  []manifest.Object
 	Gone []manifest.Key
+	// Pending are the kinds of which not all objects are known yet. What is
+	// missing of them is not gone.
+	Pending []string
 	// Problems are all that stand after the batch.
 	Problems []Problem
+}
+
+// Lacks tells whether objects of some kinds may be missing.
+func (b *Batch) Lacks(kinds ...string) bool {
+	return slices.ContainsFunc(b.Pending, func(kind string) bool { return slices.Contains(kinds, kind) })
+}
+
+// PolicyKinds are the kinds that have to be known before policy is.
+func PolicyKinds() []string {
+	return []string{manifest.KindPod, manifest.KindNamespace, manifest.KindNetworkPolicy}
 }
 
 // Problem is something wrong that a person should look at. What it concerns

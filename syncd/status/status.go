@@ -36,11 +36,7 @@ type Status struct {
 	// Updated is when the daemon last wrote this; it does so at least once in
 	// [Interval] while it is well.
 	Updated time.Time `json:"updated"`
-	// Node is the node's name in spec.nodeName, PolicyDir an absolute path.
-	Node      string `json:"node,omitempty"`
-	PolicyDir string `json:"policyDir,omitempty"`
-	// AuditPods says that pods may ask for audit mode themselves.
-	AuditPods bool `json:"auditPods,omitempty"`
+	Origin
 	// Once says that the process was to apply the state and end.
 	Once bool `json:"once,omitempty"`
 	// Synced is when the kernel last had everything the daemon knew; zero if it
@@ -53,6 +49,20 @@ type Status struct {
 	Endpoints  int `json:"endpoints"`
 
 	Problems []source.Problem `json:"problems"`
+}
+
+// Origin is where a daemon's policy comes from: PolicyDir or Kubeconfig.
+type Origin struct {
+	// Node is the node's name in spec.nodeName.
+	Node string `json:"node,omitempty"`
+	// PolicyDir is an absolute path.
+	PolicyDir string `json:"policyDir,omitempty"`
+	// Kubeconfig is an absolute path or "in-cluster", APIServer the URL of the
+	// server it names.
+	Kubeconfig string `json:"kubeconfig,omitempty"`
+	APIServer  string `json:"apiServer,omitempty"`
+	// AuditPods says that pods may ask for audit mode themselves.
+	AuditPods bool `json:"auditPods,omitempty"`
 }
 
 // Interval is how often a daemon that is well writes its status.

@@ -33,7 +33,7 @@ func TestStatus(t *testing.T) {
 		t.Errorf("second daemon: %v", err)
 	}
 	want := Status{
-		PID: 1, Version: "v", Started: time.Unix(1, 0).UTC(), PolicyDir: "/p", Pods: 2,
+		PID: 1, Version: "v", Started: time.Unix(1, 0).UTC(), Origin: Origin{PolicyDir: "/p"}, Pods: 2,
 		Problems: []source.Problem{{Subject: "/p/a.yaml", Reason: "broken", Since: time.Unix(2, 0).UTC()}},
 	}
 	if err := dir.Write(want); err != nil {

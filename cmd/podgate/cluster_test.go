@@ -1,0 +1,176 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes"
+	"sigs.k8s.io/yaml"
+
+	"github.com/podgate/podgate/test/controlplane"
+	"github.com/podgate/podgate/test/netlab"
+)
+
+// cluster is a lab with an API server, which runs in the node's namespace.
+type cluster struct {
+	*lab
+	plane      *controlplane.ControlPlane
+	client     kubernetes.Interface
+	kubeconfig string
+}
+
+func newCluster(t *testing.T) *cluster {
+	t.Helper()
+	l := newLab(t)
+	plane := controlplane.Start(t, l.node.Do)
+	c := &cluster{
+		lab: l, plane: plane, client: plane.Client(),
+		kubeconfig: plane.Kubeconfig(plane.TokenFile("token", controlplane.AdminToken)),
+	}
+	node := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1"}}
+	if _, err := c.client.CoreV1().Nodes().Create(t.Context(), node, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}}
+	if _, err := c.client.CoreV1().Namespaces().Create(t.Context(), namespace, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// schedule makes a pod of this node.
+func (c *cluster) schedule(name, app string) *corev1.Pod {
+	c.t.Helper()
+	pod := &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Labels: map[string]string{"app": app}},
+		Spec:       corev1.PodSpec{NodeName: "n1", Containers: []corev1.Container{{Name: "c", Image: "i"}}},
+	}
+	pod, err := c.client.CoreV1().Pods("shop").Create(c.t.Context(), pod, metav1.CreateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return pod
+}
+
+// attach adds a pod to the network, as the kubelet's runtime does.
+func (c *cluster) attach(pod *corev1.Pod) {
+	c.t.Helper()
+	c.add(pod.Name, netlab.PodSpec{Namespace: pod.Namespace, Name: pod.Name, UID: string(pod.UID)})
+}
+
+func (c *cluster) relabel(name, app string) {
+	c.t.Helper()
+	patch := []byte(`{"metadata": {"labels": {"app": "` + app + `"}}}`)
+	_, err := c.client.CoreV1().Pods("shop").Patch(c.t.Context(), name, types.MergePatchType, patch, metav1.PatchOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *cluster) createPolicy(text string) {
+	c.t.Helper()
+	p := &networkingv1.NetworkPolicy{}
+	if err := yaml.UnmarshalStrict([]byte(text), p); err != nil {
+		c.t.Fatal(err)
+	}
+	if _, err := c.client.NetworkingV1().NetworkPolicies(p.Namespace).Create(c.t.Context(), p, metav1.CreateOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *cluster) deletePolicy(name string) {
+	c.t.Helper()
+	if err := c.client.NetworkingV1().NetworkPolicies("shop").Delete(c.t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// synced waits until the daemon has everything, and well.
+func (c *cluster) synced(pods int) {
+	c.t.Helper()
+	c.until("synced", func() bool {
+		r := c.status()
+		return r.Daemon != nil && r.Daemon.Running && !r.Daemon.Synced.IsZero() && r.Daemon.Pods == pods && len(r.Problems) == 0
+	})
+}
+
+// enforced tells whether client and nobody else reaches web.
+func (c *cluster) enforced(when string) {
+	c.t.Helper()
+	if !c.reaches("client", "web") || c.reaches("other", "web") {
+		c.t.Errorf("%s policy is not what is enforced", when)
+	}
+}
+
+// TestCluster enforces the policy of a real API server on real pods, while the
+// server comes and goes.
+func TestCluster(t *testing.T) {
+	c := newCluster(t)
+	c.createPolicy(allowClient)
+	pods := []*corev1.Pod{c.schedule("client", "client"), c.schedule("web", "web"), c.schedule("other", "other")}
+	d := c.start("--kubeconfig", c.kubeconfig)
+	c.synced(3)
+
+	// What is known before ADD is enforced when ADD returns.
+	for _, p := range pods {
+		c.attach(p)
+	}
+	s := states(c.status())
+	if s["shop/client"] != "open" || s["shop/web"] != "enforcing" || s["shop/other"] != "open" {
+		t.Errorf("after ADD: %v", s)
+	}
+	c.listen("web")
+	c.enforced("at first")
+	var x explanation
+	c.json(0, &x, "explain", "--from", "shop/other", "--to", "shop/web", "--port", "80/TCP")
+	if x.Verdict != "deny" || x.Disagree {
+		t.Errorf("explanation %+v", x)
+	}
+	if out := c.ok(0, "status"); !strings.Contains(out, "policy from https://127.0.0.1:") {
+		t.Errorf("status:\n%s", out)
+	}
+
+	c.relabel("other", "client")
+	c.until("allowed by its new label", func() bool { return c.answers("other", "web") == 2 })
+	c.relabel("other", "other")
+	c.until("denied again", func() bool { return c.answers("other", "web") == 0 })
+
+	// A server that is gone changes nothing.
+	c.plane.StopAPIServer()
+	c.until("said", func() bool { return hasProblem(c.status(), "what it said before stays in force") })
+	c.enforced("without a server")
+
+	// Nor does a restart of the daemon meanwhile. A pod it has not heard of waits.
+	d.end(t, unix.SIGKILL)
+	c.enforced("with server and daemon gone")
+	d = c.start("--kubeconfig", c.kubeconfig)
+	c.until("said", func() bool {
+		r := c.status()
+		return r.Daemon.Running && hasProblem(r, "what was enforced before stays so")
+	})
+	c.add("late", netlab.PodSpec{Namespace: "shop", Name: "late", UID: "not-known-yet"})
+	c.enforced("after a restart without a server")
+	if s := states(c.status()); s["shop/late"] != "closed" || c.reaches("late", "web") {
+		t.Errorf("a pod nobody knows: %v", s)
+	}
+
+	c.plane.StartAPIServer()
+	c.until("followed again", func() bool { return !hasProblem(c.status(), "API server") })
+	c.enforced("with the server back")
+	c.deletePolicy("web")
+	c.until("open", func() bool { return states(c.status())["shop/web"] == "open" })
+	if !c.reaches("other", "web") {
+		t.Error("the deleted policy is still enforced")
+	}
+	d.end(t, unix.SIGTERM)
+}

@@ -1,0 +1,183 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package apiserver
+
+import (
+	"cmp"
+	"context"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/go-logr/logr"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/klog/v2"
+
+	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/source"
+)
+
+// kindNode is the kind of the one Node that is followed, to see whether it
+// exists.
+const kindNode = "Node"
+
+// Options of a [Source].
+type Options struct {
+	// Config of the client, see [Config].
+	Config *rest.Config
+	// Node is this node's name. Of pods that run elsewhere only those are
+	// delivered that have an address.
+	Node string
+	// Patience is how long the server may take to answer before that is a
+	// problem, default 10 s; a fifth of it is how long it may refuse to.
+	Patience time.Duration
+	Logger   *slog.Logger
+}
+
+// Source is a [source.Source] of the objects of an API server.
+type Source struct {
+	opts      Options
+	clients   *clients
+	followers []*follower
+	changed   chan struct{}
+
+	mu sync.Mutex
+	// touched are the objects that may differ from what was delivered.
+	touched map[manifest.Key]struct{}
+}
+
+// New is a source that has not begun. It fails only for a configuration that
+// cannot work; the server need not answer.
+func New(opts Options) (*Source, error) {
+	opts.Patience = cmp.Or(opts.Patience, 10*time.Second)
+	if opts.Logger == nil {
+		opts.Logger = slog.New(slog.DiscardHandler)
+	}
+	clients, err := newClients(opts.Config)
+	if err != nil {
+		return nil, err
+	}
+	s := &Source{
+		opts:    opts,
+		clients: clients,
+		changed: make(chan struct{}, 1),
+		touched: make(map[manifest.Key]struct{}),
+	}
+	core := corev1.SchemeGroupVersion
+	for _, r := range []resource{
+		{kind: manifest.KindPod, plural: "pods", group: core, example: &corev1.Pod{}},
+		{kind: manifest.KindNamespace, plural: "namespaces", group: core, example: &corev1.Namespace{}},
+		{kind: manifest.KindNetworkPolicy, plural: "networkpolicies", group: networkingv1.SchemeGroupVersion, example: &networkingv1.NetworkPolicy{}},
+		{kind: kindNode, plural: "nodes", group: core, example: &corev1.Node{}, name: opts.Node},
+	} {
+		f, err := s.follow(r)
+		if err != nil {
+			return nil, err
+		}
+		s.followers = append(s.followers, f)
+	}
+	return s, nil
+}
+
+// Load reads the whole state once, as far as policy is concerned. It fails when
+// the server does not answer within the patience of the options.
+func (s *Source) Load(ctx context.Context) (source.Batch, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	wait := s.start(ctx)
+	defer func() {
+		cancel()
+		wait()
+	}()
+	patience := time.After(s.opts.Patience)
+	for !s.knows(source.PolicyKinds()) {
+		select {
+		case <-ctx.Done():
+			return source.Batch{}, ctx.Err()
+		case <-patience:
+			return source.Batch{}, s.silence()
+		case <-s.changed:
+		}
+	}
+	return s.take(), nil
+}
+
+// Run delivers the state and its changes. Changes that come while one batch is
+// worked on make the next one.
+func (s *Source) Run(ctx context.Context, deliver func(source.Batch)) error {
+	wait := s.start(ctx)
+	defer wait()
+	look := time.NewTicker(s.opts.Patience / 5)
+	defer look.Stop()
+	var standing source.Batch
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.changed:
+		case <-look.C:
+		}
+		batch := s.take()
+		if len(batch.Set)+len(batch.Gone) > 0 || !slices.Equal(batch.Problems, standing.Problems) || !slices.Equal(batch.Pending, standing.Pending) {
+			deliver(batch)
+			standing = batch
+		}
+	}
+}
+
+// start begins to follow the server and answers how to wait for the end of it.
+func (s *Source) start(ctx context.Context) (wait func()) {
+	// The reflectors log each attempt that fails. That is what problems are for.
+	ctx = klog.NewContext(ctx, logr.FromSlogHandler(quiet{s.opts.Logger.Handler()}))
+	var running sync.WaitGroup
+	for _, f := range s.followers {
+		running.Go(func() {
+			cache.NewReflectorWithOptions(f, f.example, f, cache.ReflectorOptions{Name: "podgate"}).RunWithContext(ctx)
+		})
+	}
+	return running.Wait
+}
+
+// notify makes Run look.
+func (s *Source) notify() {
+	select {
+	case s.changed <- struct{}{}:
+	default:
+	}
+}
+
+// take answers what has changed since it was last called. Objects of a kind
+// wait until all of them are known.
+func (s *Source) take() source.Batch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var batch source.Batch
+	kinds := make(map[string]*follower, len(s.followers))
+	for _, f := range s.followers {
+		if f.synced {
+			kinds[f.kind] = f
+		} else {
+			batch.Pending = append(batch.Pending, f.kind)
+		}
+	}
+	for key := range s.touched {
+		f := kinds[key.Kind]
+		if f == nil {
+			continue
+		}
+		delete(s.touched, key)
+		if item, ok := f.items[key]; ok {
+			batch.Set = append(batch.Set, item.object)
+		} else {
+			batch.Gone = append(batch.Gone, key)
+		}
+	}
+	slices.SortFunc(batch.Set, func(a, b manifest.Object) int { return a.Compare(b.Key) })
+	slices.SortFunc(batch.Gone, manifest.Key.Compare)
+	batch.Problems = s.problems(time.Now())
+	return batch
+}

@@ -1,0 +1,45 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+package apiserver
+
+import (
+	"errors"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+
+	"github.com/podgate/podgate/syncd/manifest"
+)
+
+// translate takes what policy needs of an object.
+func (f *follower) translate(obj runtime.Object) (*translated, error) {
+	name, err := meta.Accessor(obj)
+	if err != nil {
+		return nil, err
+	}
+	t := &translated{
+		ObjectMeta: metav1.ObjectMeta{Namespace: name.GetNamespace(), Name: name.GetName()},
+		key:        f.key(name),
+	}
+	if f.kind == kindNode {
+		t.object, t.relevant = manifest.Object{Key: t.key}, true
+		return t, nil
+	}
+	object, err := manifest.Translate(obj)
+	var invalid *manifest.InvalidError
+	switch {
+	case errors.As(err, &invalid):
+		t.fault = invalid.Fields.ToAggregate().Error()
+	case err != nil:
+		return nil, err
+	}
+	t.object, t.relevant = object, f.source.relevant(&object)
+	return t, nil
+}
+
+// relevant leaves out pods elsewhere that have no address: not yet, or no more.
+func (s *Source) relevant(o *manifest.Object) bool {
+	return o.Pod == nil || o.Node == s.opts.Node || len(o.Pod.Addresses) > 0
+}
