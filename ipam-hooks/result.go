@@ -59,6 +59,8 @@ func ParseResult(cniVersion string, raw []byte) (types.Result, error) {
 type Interface struct {
 	Name      string
 	Addresses []netip.Addr
+	// Gateways of the addresses, where the result names them.
+	Gateways []netip.Addr
 }
 
 // PodInterfaces returns the interfaces of the pod that a result names, that of
@@ -99,6 +101,9 @@ func PodInterfaces(result types.Result, ifName string) ([]Interface, error) {
 			at = position[*ip.Interface]
 		}
 		pod[at].Addresses = append(pod[at].Addresses, address)
+		if gateway, ok := netip.AddrFromSlice(ip.Gateway); ok {
+			pod[at].Gateways = append(pod[at].Gateways, gateway.Unmap())
+		}
 	}
 	return pod, nil
 }

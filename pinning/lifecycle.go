@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"sync/atomic"
 	"time"
@@ -23,8 +24,10 @@ import (
 type AddRequest struct {
 	Endpoint
 	// Bridge is the number of the interface that HostIfindex is a port of, 0 if
-	// of none. Its addresses may be the node's newest.
-	Bridge int
+	// of none. Its addresses may be the node's newest, and Gateways too, those
+	// of the pod, where they are the node's at all.
+	Bridge   int
+	Gateways []netip.Addr
 	// Attach is the wanted kind.
 	Attach AttachKind
 	// Wait bounds how long Add waits for the policy of the pod to be known.
@@ -137,7 +140,7 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	if err := s.classify(e.Pod, published.Class, e.Addresses); err != nil {
 		return e, err
 	}
-	if err := s.learnNodeAddresses(e.HostIfindex, r.Bridge); err != nil {
+	if err := s.learnNodeAddresses(&r); err != nil {
 		return e, err
 	}
 	return e, s.openGate(sh, &e, published, found)

@@ -6,6 +6,7 @@ package pinning
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -34,7 +35,7 @@ const nodeTime = time.Minute
 //
 // A dump of all addresses takes the longer the more pods there are, each host
 // end having a link-local one.
-func (s *State) learnNodeAddresses(host, bridge int) error {
+func (s *State) learnNodeAddresses(r *AddRequest) error {
 	sh, err := s.memory()
 	if err != nil {
 		return err
@@ -48,14 +49,43 @@ func (s *State) learnNodeAddresses(host, bridge int) error {
 		return err
 	}
 	if age := time.Since(sh.nodesKnown()); age < 0 || age > nodeTime {
-		return s.learnFrom(socket, 0, host)
+		return s.learnFrom(socket, 0, r.HostIfindex)
 	}
-	if bridge != 0 {
-		if err := s.learnFrom(socket, bridge, host); err != nil {
+	if r.Bridge != 0 {
+		if err := s.learnFrom(socket, r.Bridge, r.HostIfindex); err != nil {
 			return err
 		}
 	}
-	return s.learnFrom(socket, host, host)
+	if err := s.learnFrom(socket, r.HostIfindex, r.HostIfindex); err != nil {
+		return err
+	}
+	return s.learnGateways(socket, r.Gateways)
+}
+
+// learnGateways learns those that are the node's: of a bridge with VLANs the
+// interface above it has the address.
+func (s *State) learnGateways(socket *rtnl.Socket, gateways []netip.Addr) error {
+	for _, a := range gateways {
+		p, _, err := s.peerEntry(a)
+		if err != nil {
+			return err
+		}
+		if p.Class&peerNode != 0 || a.IsLinkLocalUnicast() {
+			continue
+		}
+		answers, err := socket.Do(rtnl.Route(a))
+		if err != nil {
+			return err
+		}
+		// An address without a route is not the node's.
+		if route := answers[0]; route.Err != nil || len(route.Messages) != 1 || !rtnl.IsLocal(route.Messages[0]) {
+			continue
+		}
+		if err := s.mark(a, peerNode); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // learnFrom learns the addresses of an interface, or of all if it is zero.

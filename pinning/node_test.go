@@ -5,6 +5,7 @@ package pinning_test
 
 import (
 	"net"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -54,13 +55,17 @@ func TestAddLearnsNewNodeAddresses(t *testing.T) {
 		})
 		return index
 	}
-	const elsewhere, gateway = "192.0.2.1", "198.51.100.1"
+	const elsewhere, bridge, gateway, far = "192.0.2.1", "198.51.100.1", "203.0.113.1", "203.0.113.2"
 	address("up0", elsewhere)
+	address("br0.10", gateway)
 	r := request(l.veth("b"), "10.0.0.2")
-	r.Bridge = address("br0", gateway)
+	r.Bridge = address("br0", bridge)
+	r.Gateways = []netip.Addr{netip.MustParseAddr(gateway), netip.MustParseAddr(far)}
 	l.add(r)
-	if !known(gateway) {
-		t.Error("ADD has not learnt the address of the bridge")
+	for a, want := range map[string]bool{bridge: true, gateway: true, far: false} {
+		if known(a) != want {
+			t.Errorf("after ADD %s is the node's: %t", a, !want)
+		}
 	}
 
 	var state bpf.DatapathState

@@ -75,7 +75,7 @@ func (a *attachment) endpoints(logger *slog.Logger) ([]pinning.AddRequest, error
 			return nil, err
 		default:
 			requests = append(requests, pinning.AddRequest{
-				Endpoint: a.endpoint(i, v), Bridge: v.peer.Attrs().MasterIndex,
+				Endpoint: a.endpoint(i, v), Bridge: v.peer.Attrs().MasterIndex, Gateways: i.Gateways,
 				Attach: a.attach(), Wait: time.Duration(a.conf.WaitForPolicy),
 			})
 		}

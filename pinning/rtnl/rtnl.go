@@ -273,3 +273,23 @@ func ParseAddress(message []byte) (Address, error) {
 	}
 	return a, nil
 }
+
+// Route asks which way the kernel would send to an address (RTM_GETROUTE). The
+// answer is for [IsLocal].
+func Route(to netip.Addr) *nl.NetlinkRequest {
+	r := nl.NewNetlinkRequest(unix.RTM_GETROUTE, 0)
+	family := uint8(unix.AF_INET)
+	if to.Is6() {
+		family = unix.AF_INET6
+	}
+	r.AddData(&nl.RtMsg{RtMsg: unix.RtMsg{Family: family, Dst_len: uint8(to.BitLen())}})
+	r.AddData(nl.NewRtAttr(unix.RTA_DST, to.AsSlice()))
+	return r
+}
+
+// IsLocal reports whether a route (struct rtmsg, linux/rtnetlink.h) leads to
+// this node itself.
+func IsLocal(message []byte) bool {
+	const typeOffset = 7
+	return len(message) >= unix.SizeofRtMsg && message[typeOffset] == unix.RTN_LOCAL
+}

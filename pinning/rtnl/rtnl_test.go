@@ -128,6 +128,51 @@ func TestRequestsInOneDatagram(t *testing.T) {
 	}
 }
 
+func TestRoutes(t *testing.T) {
+	node := newNode(t)
+	err := node.Do(func() error {
+		if err := addBridge("br0", "192.0.2.1/24"); err != nil {
+			return err
+		}
+		l, err := netlink.LinkByName("br0")
+		if err != nil {
+			return err
+		}
+		six, err := netlink.ParseAddr("2001:db8::1/64")
+		if err != nil {
+			return err
+		}
+		six.Flags = unix.IFA_F_NODAD
+		if err := errors.Join(netlink.AddrAdd(l, six), netlink.LinkSetUp(l)); err != nil {
+			return err
+		}
+		s, err := rtnl.Open()
+		if err != nil {
+			return err
+		}
+		defer s.Close()
+		if err := s.Strict(); err != nil {
+			return err
+		}
+		for address, want := range map[string]bool{
+			"192.0.2.1": true, "2001:db8::1": true, "192.0.2.2": false, "2001:db8::2": false, "198.51.100.1": false,
+		} {
+			answers, err := s.Do(rtnl.Route(netip.MustParseAddr(address)))
+			if err != nil {
+				return err
+			}
+			a := answers[0]
+			if got := a.Err == nil && len(a.Messages) == 1 && rtnl.IsLocal(a.Messages[0]); got != want {
+				t.Errorf("%s is local: %t, %+v", address, got, a)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // A dump of more than one message's worth comes whole.
 func TestLongDump(t *testing.T) {
 	const n = 1000
@@ -253,5 +298,6 @@ func FuzzParse(f *testing.F) {
 		if _, err := rtnl.ParseNetNSID(m); err != nil && !errors.Is(err, rtnl.ErrMalformed) {
 			t.Error(err)
 		}
+		rtnl.IsLocal(m)
 	})
 }
