@@ -15,6 +15,7 @@ GOBUILD  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version
 # Flags for `go test`, for example TESTFLAGS='-run Fragment -v'.
 TESTFLAGS  ?= -timeout 15m
 BENCHFLAGS ?=
+E2EFLAGS   ?=
 
 # Tests that link other evaluators of policy, or speak to a container runtime:
 # what they require stays out of our go.mod.
@@ -59,6 +60,19 @@ test-race: root ## the daemon's tests under the race detector (as root)
 .PHONY: test-kernels
 test-kernels: ## the tests that load eBPF, on kernels 5.10 to 6.18 in virtual machines
 	TESTFLAGS='$(TESTFLAGS)' test/kernels/run $(KERNELS)
+
+# E2EFLAGS='-v -run TestNFTables/Corner' runs one suite.
+.PHONY: test-e2e
+test-e2e: root e2e-build ## a Kubernetes cluster, upstream's tests on it (as root, takes hours)
+	PODGATE_E2E=1 $(GO) -C test/e2e test -count=1 -timeout 10h $(E2EFLAGS) .
+
+.PHONY: e2e-build
+e2e-build: ## build the programs of that cluster into a cache (half an hour, once)
+	$(GO) -C test/e2e run ./cmd/cluster -build
+
+.PHONY: cluster
+cluster: root e2e-build ## a Kubernetes cluster with podgate, to look at (as root)
+	$(GO) -C test/e2e run ./cmd/cluster
 
 .PHONY: bench
 bench: root ## benchmarks, against floors measured in the same run (as root)

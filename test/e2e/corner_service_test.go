@@ -1,0 +1,202 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package e2e
+
+import (
+	"fmt"
+	"net/netip"
+	"testing"
+
+	core "k8s.io/api/core/v1"
+)
+
+// serviceLab is a client on n1, a server that its egress policy allows and one
+// that it does not, on both nodes, each behind a Service.
+type serviceLab struct {
+	*lab
+	client                *pod
+	allowed, denied       []*pod
+	allowedSvc, deniedSvc *core.Service
+}
+
+func newServiceLab(t *testing.T, s *suite) *serviceLab {
+	l := &serviceLab{lab: s.lab(t)}
+	web := func(name, node string) podSpec {
+		return podSpec{name: name + "-" + node, node: node, labels: map[string]string{"app": name, "tier": "web"}}
+	}
+	pods := l.newPods(
+		podSpec{name: "client", node: "n1"},
+		web("good", "n1"), web("good", "n2"), web("bad", "n1"), web("bad", "n2"),
+	)
+	l.client, l.allowed, l.denied = pods[0], pods[1:3], pods[3:5]
+	l.allowedSvc = l.service("good", map[string]string{"app": "good"}, core.ServiceTypeNodePort)
+	l.deniedSvc = l.service("bad", map[string]string{"app": "bad"}, core.ServiceTypeNodePort)
+	return l
+}
+
+// testEgressThroughService: egress is judged on the backend that kube-proxy
+// chose and on its port, by selector and by block.
+func testEgressThroughService(t *testing.T, s *suite) {
+	l := newServiceLab(t, s)
+	l.expect(l.reachesService(answered, l.allowedSvc, l.client), l.reachesService(answered, l.deniedSvc, l.client))
+
+	l.policy(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress:
+  - to: [{ podSelector: { matchLabels: { app: good } } }]
+    ports: [{ port: 8080 }, { port: 8080, protocol: UDP }]
+`)
+	verdicts := [][]probe{
+		l.reachesService(answered, l.allowedSvc, l.client),
+		l.reachesService(dropped, l.deniedSvc, l.client),
+		reaches(answered, l.allowed[0], 8080, l.client),
+		reaches(dropped, l.allowed[0], 8081, l.client), // targetPort of port 81
+		reaches(dropped, l.denied[1], 8080, l.client),
+	}
+	for _, ip := range l.allowedSvc.Spec.ClusterIPs {
+		to := netip.AddrPortFrom(netip.MustParseAddr(ip), 81)
+		verdicts = append(verdicts, l.reachesFrontend(dropped, "port 81 of good", to, l.client))
+	}
+	l.expect(verdicts...)
+
+	// The same by blocks of a single address, and by what a block leaves out.
+	var only, except string
+	for _, p := range l.allowed {
+		for _, a := range p.Addresses {
+			only += fmt.Sprintf("\n    - { ipBlock: { cidr: %s/%d } }", a, a.BitLen())
+		}
+	}
+	l.policy(fmt.Sprintf(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress:
+  - to:%s
+`, only))
+	l.expect(
+		l.reachesService(answered, l.allowedSvc, l.client),
+		l.reachesService(dropped, l.deniedSvc, l.client),
+	)
+	for _, family := range []int{4, 6} {
+		block := map[int]string{4: "0.0.0.0/0", 6: "::/0"}[family]
+		except += fmt.Sprintf("\n    - { ipBlock: { cidr: %q, except: [", block)
+		for i, p := range l.denied {
+			if i > 0 {
+				except += ", "
+			}
+			a := p.address(family)
+			except += fmt.Sprintf("%q", fmt.Sprintf("%s/%d", a, a.BitLen()))
+		}
+		except += "] } }"
+	}
+	l.policy(fmt.Sprintf(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress:
+  - to:%s
+`, except))
+	l.expect(
+		l.reachesService(answered, l.allowedSvc, l.client),
+		l.reachesService(dropped, l.deniedSvc, l.client),
+	)
+}
+
+// testEgressThroughNodePort: the same through the address of a node.
+func testEgressThroughNodePort(t *testing.T, s *suite) {
+	l := newServiceLab(t, s)
+	l.expect(l.reachesNodePort(answered, l.allowedSvc, l.client), l.reachesNodePort(answered, l.deniedSvc, l.client))
+	l.policy(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress:
+  - to: [{ podSelector: { matchLabels: { app: good } } }]
+`)
+	// A NodePort of another node is translated there: here it is an address
+	// outside, which no rule names.
+	own := func(probes []probe) []probe {
+		var kept []probe
+		for _, p := range probes {
+			for _, a := range l.Nodes[0].Addresses {
+				if p.to.Addr() == netip.MustParseAddr(a) {
+					kept = append(kept, p)
+				}
+			}
+		}
+		return kept
+	}
+	l.expect(
+		own(l.reachesNodePort(answered, l.allowedSvc, l.client)),
+		own(l.reachesNodePort(dropped, l.deniedSvc, l.client)),
+	)
+}
+
+// testRepliesThroughService: answers of a Service's backends belong to the
+// pod's question, in any amount, with both ends isolated.
+func testRepliesThroughService(t *testing.T, s *suite) {
+	l := newServiceLab(t, s)
+	l.policy(`
+metadata: { name: all-isolated }
+spec: { podSelector: {}, policyTypes: [Ingress, Egress] }
+`)
+	l.policy(`
+metadata: { name: client-asks }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress: [{ to: [{ podSelector: { matchLabels: { app: good } } }] }]
+`)
+	l.policy(`
+metadata: { name: web-answers }
+spec:
+  podSelector: { matchLabels: { app: good } }
+  ingress: [{ from: [{ podSelector: { matchLabels: { pod: client } } }] }]
+`)
+	l.expect(
+		l.reachesService(answered, l.allowedSvc, l.client),
+		l.reachesService(dropped, l.deniedSvc, l.client),
+		reaches(dropped, l.client, 8080, l.allowed[0]),
+	)
+	for _, ip := range l.allowedSvc.Spec.ClusterIPs {
+		to := netip.AddrPortFrom(netip.MustParseAddr(ip), 80)
+		for range 4 { // some of each backend
+			c, err := l.client.dial("tcp", to)
+			if err != nil {
+				t.Errorf("%s: %v", to, err)
+				continue
+			}
+			const size = 4 << 20
+			if n, err := transfer(c, size); n != size || err != nil {
+				t.Errorf("%s: %d bytes of %d, %v", to, n, size, err)
+			}
+			c.Close()
+		}
+	}
+}
+
+// testHairpin: a pod reaches itself through its Service, whatever policy says.
+func testHairpin(t *testing.T, s *suite) {
+	l := s.lab(t)
+	self := l.newPod(podSpec{name: "self", node: "n1", labels: map[string]string{"app": "self"}})
+	service := l.service("self", map[string]string{"app": "self"}, core.ServiceTypeClusterIP)
+	l.expect(l.reachesService(answered, service, self))
+	l.policy(`
+metadata: { name: all-isolated }
+spec: { podSelector: {}, policyTypes: [Ingress, Egress] }
+`)
+	other := l.newPod(podSpec{name: "other", node: "n1"})
+	l.expect(
+		l.reachesService(answered, service, self),
+		l.reachesService(dropped, service, other),
+	)
+}
