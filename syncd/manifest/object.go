@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metavalidation "k8s.io/apimachinery/pkg/apis/meta/v1/validation"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -22,6 +23,8 @@ const (
 	KindNetworkPolicy = "NetworkPolicy"
 	KindPod           = "Pod"
 	KindNamespace     = "Namespace"
+	KindService       = "Service"
+	KindEndpointSlice = "EndpointSlice"
 )
 
 // Key names an object the way people do. Namespace is empty for namespaces.
@@ -37,7 +40,8 @@ func (k Key) Compare(o Key) int {
 	return cmp.Or(cmp.Compare(k.Kind, o.Kind), cmp.Compare(k.Namespace, o.Namespace), cmp.Compare(k.Name, o.Name))
 }
 
-// Object is a translated object. Exactly one of Policy, Pod, Namespace is set.
+// Object is a translated object. At most one of Policy, Pod, Namespace, Service
+// and EndpointSlice is set.
 type Object struct {
 	Key
 	// File, Line and Document say where the object was read, counted from 1;
@@ -45,9 +49,11 @@ type Object struct {
 	File           string
 	Line, Document int
 
-	Policy    *policy.Policy
-	Pod       *policy.Pod
-	Namespace *policy.Namespace
+	Policy        *policy.Policy
+	Pod           *policy.Pod
+	Namespace     *policy.Namespace
+	Service       *Service
+	EndpointSlice *EndpointSlice
 
 	// Node is where a pod runs or will run; empty if not said.
 	Node string
@@ -62,9 +68,9 @@ type Object struct {
 	Audit bool
 }
 
-// Translate translates a *NetworkPolicy, *Pod or *Namespace. The error is an
-// [*InvalidError]; the object that comes with it is what could be understood of
-// it, and allows nothing that was not meant.
+// Translate translates a *NetworkPolicy, *Pod, *Namespace, *Service or
+// *EndpointSlice. The error is an [*InvalidError]; the object that comes with
+// it is what could be understood of it, and allows nothing that was not meant.
 func Translate(obj any) (Object, error) {
 	switch obj := obj.(type) {
 	case *networkingv1.NetworkPolicy:
@@ -86,6 +92,12 @@ func Translate(obj any) (Object, error) {
 			return out, &InvalidError{KindNamespace, "", obj.Name, errs}
 		}
 		return out, nil
+	case *corev1.Service:
+		s, err := ServiceOf(obj)
+		return Object{Key: Key{KindService, s.Namespace, s.Name}, Service: &s}, err
+	case *discoveryv1.EndpointSlice:
+		s, err := EndpointSliceOf(obj)
+		return Object{Key: Key{KindEndpointSlice, s.Namespace, obj.Name}, EndpointSlice: &s}, err
 	}
-	return Object{}, fmt.Errorf("%T is no NetworkPolicy, Pod or Namespace", obj)
+	return Object{}, fmt.Errorf("%T is nothing that policy needs", obj)
 }
