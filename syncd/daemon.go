@@ -33,6 +33,7 @@ type State interface {
 	Bind(ctx context.Context, key pinning.AttachmentKey, pod policy.PodKey) error
 	Apply(ctx context.Context, update policy.Update) (pinning.Applied, error)
 	SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error
+	SetServices(ctx context.Context, all []pinning.Service) error
 	Repair(ctx context.Context) ([]pinning.Repaired, error)
 	Upgrade(ctx context.Context) (bool, error)
 	Watch(ctx context.Context) (<-chan struct{}, error)
@@ -81,6 +82,7 @@ type Daemon struct {
 	listed    bool
 	// nodeAddrs are to be set if there are any.
 	nodeAddrs []netip.Addr
+	services  services
 	// repaired is when the last repair ended.
 	repaired time.Time
 	// stale says that the state may miss something the compiler told before.
@@ -113,6 +115,7 @@ func New(opts Options) *Daemon {
 		log:       opts.Logger,
 		inventory: inventory.New(opts.Inventory),
 		compiler:  policy.NewCompiler(),
+		services:  newServices(),
 		problems:  newProblems(opts.Logger),
 		retry:     opts.Retry,
 		fill:      newFill(opts.Logger),
@@ -130,10 +133,12 @@ func (d *Daemon) Once(ctx context.Context) ([]source.Problem, error) {
 	if d.nodeAddrs, err = nodeaddr.List(); err != nil {
 		return nil, err
 	}
+	d.services.locate(d.nodeAddrs)
 	d.setNodeAddresses(ctx)
 	d.take(batch)
 	d.repair(ctx)
 	d.refresh(ctx)
+	d.setServices(ctx)
 	if d.compiler.Pending() && !d.stale {
 		d.apply(ctx, d.compiler.Compact())
 	}
@@ -223,6 +228,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			d.repair(ctx)
 		case d.nodeAddrs = <-addrs:
 			d.log.Info("addresses of the node", "addresses", d.nodeAddrs)
+			d.services.locate(d.nodeAddrs)
 			d.setNodeAddresses(ctx)
 		case err := <-failures:
 			d.problems.set("node addresses", "node addresses", err)
@@ -232,6 +238,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			}
 			d.repair(ctx)
 			d.measure(ctx)
+			d.services.due = d.services.due || d.services.failed
 		case <-retry:
 		case <-compact:
 			compact = nil
@@ -250,6 +257,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 				compact = time.After(d.opts.Grace)
 			}
 		}
+		d.setServices(ctx)
 		d.report()
 	}
 }
@@ -267,6 +275,7 @@ func (d *Daemon) watch(ctx context.Context) <-chan struct{} {
 // take notes a batch.
 func (d *Daemon) take(b source.Batch) {
 	d.inventory.Apply(b)
+	d.services.take(b)
 	d.problems.replace("source", b.Problems)
 	d.opts.Metrics.RevisionReceived()
 	d.pending++

@@ -38,6 +38,7 @@ type recorder struct {
 	subjects  map[policy.PodKey]policy.Subject
 	updates   []policy.Update
 	nodeAddrs []netip.Addr
+	services  []pinning.Service
 	calls     map[string]int
 	fail      map[string]error
 	changes   chan struct{}
@@ -131,6 +132,13 @@ func (r *recorder) SetNodeAddresses(_ context.Context, addrs []netip.Addr) error
 	defer r.mu.Unlock()
 	r.nodeAddrs = addrs
 	return r.step("SetNodeAddresses")
+}
+
+func (r *recorder) SetServices(_ context.Context, all []pinning.Service) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.services = all
+	return r.step("SetServices")
 }
 
 func (r *recorder) Repair(context.Context) ([]pinning.Repaired, error) {
@@ -314,6 +322,21 @@ func TestRunWaitsForTheSource(t *testing.T) {
 	}
 }
 
+// TestRunWaitsForAllKinds asks that nothing is compiled from a part.
+func TestRunWaitsForAllKinds(t *testing.T) {
+	state := newRecorder()
+	state.attach(attachment("c1", "x"))
+	b := start(t, state)
+	b.feed.batches <- source.Batch{
+		Pending:  []string{manifest.KindNetworkPolicy},
+		Problems: []source.Problem{{Subject: "API server", Reason: "slow"}},
+	}
+	b.until("a problem", hasProblem("slow"))
+	b.until("untouched", func(r *recorder, s status.Status) bool { return r.calls["Apply"] == 0 && s.Synced.IsZero() })
+	b.set(pod("x", "1") + isolate("1"))
+	b.until("isolated", subjectIs("a/x", true))
+}
+
 func TestRunFollows(t *testing.T) {
 	b := start(t, newRecorder())
 	b.set(pod("x", "1"))
@@ -387,6 +410,45 @@ func TestRunGoesOn(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRunTellsServices asks that Services wait until all of them and the node's
+// addresses are known, and are told again when they found no room.
+func TestRunTellsServices(t *testing.T) {
+	state := newRecorder()
+	state.failing("SetServices", errors.Join(errors.New("service a/x: full"), errors.New("service a/y: full")))
+	b := start(t, state)
+	service := manifest.Object{
+		Key: manifest.Key{Kind: manifest.KindService, Namespace: "a", Name: "x"},
+		Service: &manifest.Service{
+			Namespace: "a", Name: "x", Addresses: []netip.Addr{netip.MustParseAddr("10.96.0.1")},
+			Ports: []manifest.ServicePort{{Protocol: policy.TCP, Port: 80, NodePort: 30080}},
+		},
+	}
+	told := func(want string) func(*recorder, status.Status) bool {
+		return func(r *recorder, _ status.Status) bool {
+			var got []string
+			for _, s := range r.services {
+				got = append(got, fmt.Sprint(s.Frontends))
+			}
+			return strings.Join(got, " ") == want
+		}
+	}
+	b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	b.feed.batches <- source.Batch{Set: []manifest.Object{service}, Pending: []string{manifest.KindEndpointSlice}}
+	b.until("synced without Services", hasNone)
+	b.until("not told", func(r *recorder, _ status.Status) bool { return r.calls["SetServices"] == 0 })
+	b.feed.batches <- source.Batch{}
+	b.until("told", told("[10.96.0.1:80 192.0.2.1:30080]"))
+	b.until("a problem", hasProblem("services: service a/x: full"))
+	b.until("another", hasProblem("services: service a/y: full"))
+	b.until("told again", func(r *recorder, _ status.Status) bool { return r.calls["SetServices"] > 1 })
+	state.failing("SetServices", nil)
+	b.until("well", hasNone)
+	b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.2")}
+	b.until("told the new address", told("[10.96.0.1:80 192.0.2.2:30080]"))
+	b.feed.batches <- source.Batch{Gone: []manifest.Key{service.Key}}
+	b.until("told that it is gone", told(""))
 }
 
 func TestRunWithoutNetlink(t *testing.T) {

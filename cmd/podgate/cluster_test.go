@@ -6,18 +6,24 @@
 package main
 
 import (
+	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/yaml"
 
 	"github.com/podgate/podgate/test/controlplane"
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -140,6 +146,8 @@ func TestCluster(t *testing.T) {
 		t.Errorf("status:\n%s", out)
 	}
 
+	t.Run("service", func(t *testing.T) { testService(t, c) })
+
 	c.relabel("other", "client")
 	c.until("allowed by its new label", func() bool { return c.answers("other", "web") == 2 })
 	c.relabel("other", "other")
@@ -173,4 +181,60 @@ func TestCluster(t *testing.T) {
 		t.Error("the deleted policy is still enforced")
 	}
 	d.end(t, unix.SIGTERM)
+}
+
+// testService asks that a pod behind a Service is reached by who may reach the
+// pod, at the Service's port and with kube-proxy's kind of translation.
+func testService(t *testing.T, c *cluster) {
+	need.Tools(t, "nft")
+	service := &corev1.Service{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "web"},
+		Spec:       corev1.ServiceSpec{Ports: []corev1.ServicePort{{Port: 8080, TargetPort: intstr.FromInt32(80)}}},
+	}
+	service, err := c.client.CoreV1().Services("shop").Create(t.Context(), service, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	backend := c.addrs["web"][0]
+	slice := &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Namespace: "shop", Name: "web-1", Labels: map[string]string{discoveryv1.LabelServiceName: "web"}},
+		AddressType: discoveryv1.AddressTypeIPv4,
+		Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{backend}}},
+		Ports:       []discoveryv1.EndpointPort{{Name: ptr.To(""), Port: ptr.To[int32](80)}},
+	}
+	if _, err := c.client.DiscoveryV1().EndpointSlices("shop").Create(t.Context(), slice, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.createPolicy(`
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {namespace: shop, name: egress}
+spec:
+  podSelector: {matchLabels: {app: client}}
+  policyTypes: [Egress]
+  egress:
+  - to: [{podSelector: {matchLabels: {app: web}}}]
+    ports: [{port: 80}]
+`)
+	c.until("isolated", func() bool { return states(c.status())["shop/client"] == "enforcing" })
+	rules := `table ip kube { chain p { type nat hook prerouting priority dstnat; ip daddr ` +
+		service.Spec.ClusterIP + ` tcp dport 8080 dnat to ` + backend + `:80; }; }`
+	if _, err := c.node.Exec(t.Context(), "nft", rules); err != nil {
+		t.Fatal(err)
+	}
+	dial := func(port string) bool {
+		return c.pods["client"].Do(func() error {
+			conn, err := net.DialTimeout("tcp", net.JoinHostPort(service.Spec.ClusterIP, port), 300*time.Millisecond)
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		}) == nil
+	}
+	c.until("reached through the Service", func() bool { return dial("8080") })
+	if _, err := c.node.Exec(t.Context(), "nft", "delete table ip kube"); err != nil {
+		t.Fatal(err)
+	}
+	c.deletePolicy("egress")
+	c.until("open", func() bool { return states(c.status())["shop/client"] == "open" })
 }

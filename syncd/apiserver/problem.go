@@ -104,14 +104,9 @@ func (s *Source) silence() error {
 	return errors.Join(failed...)
 }
 
-// knows tells whether all objects of some kinds are there.
-func (s *Source) knows(kinds []string) bool {
+// knowsAll tells whether all objects of all kinds are there.
+func (s *Source) knowsAll() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, f := range s.followers {
-		if !f.synced && slices.Contains(kinds, f.kind) {
-			return false
-		}
-	}
-	return true
+	return !slices.ContainsFunc(s.followers, func(f *follower) bool { return !f.synced })
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
@@ -73,6 +74,8 @@ func New(opts Options) (*Source, error) {
 		{kind: manifest.KindPod, plural: "pods", group: core, example: &corev1.Pod{}},
 		{kind: manifest.KindNamespace, plural: "namespaces", group: core, example: &corev1.Namespace{}},
 		{kind: manifest.KindNetworkPolicy, plural: "networkpolicies", group: networkingv1.SchemeGroupVersion, example: &networkingv1.NetworkPolicy{}},
+		{kind: manifest.KindService, plural: "services", group: core, example: &corev1.Service{}},
+		{kind: manifest.KindEndpointSlice, plural: "endpointslices", group: discoveryv1.SchemeGroupVersion, example: &discoveryv1.EndpointSlice{}},
 		{kind: kindNode, plural: "nodes", group: core, example: &corev1.Node{}, name: opts.Node},
 	} {
 		f, err := s.follow(r)
@@ -84,8 +87,8 @@ func New(opts Options) (*Source, error) {
 	return s, nil
 }
 
-// Load reads the whole state once, as far as policy is concerned. It fails when
-// the server does not answer within the patience of the options.
+// Load reads the whole state once. It fails when the server does not answer
+// within the patience of the options.
 func (s *Source) Load(ctx context.Context) (source.Batch, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	wait := s.start(ctx)
@@ -94,7 +97,7 @@ func (s *Source) Load(ctx context.Context) (source.Batch, error) {
 		wait()
 	}()
 	patience := time.After(s.opts.Patience)
-	for !s.knows(source.PolicyKinds()) {
+	for !s.knowsAll() {
 		select {
 		case <-ctx.Done():
 			return source.Batch{}, ctx.Err()

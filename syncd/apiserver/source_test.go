@@ -17,10 +17,12 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/utils/ptr"
 
 	"github.com/podgate/podgate/syncd/manifest"
 	"github.com/podgate/podgate/syncd/source"
@@ -124,6 +126,10 @@ func describe(o manifest.Object) string {
 		return fmt.Sprintf("isolates %v, %d in, %d out", o.Policy.Isolates, len(o.Policy.Rules[0]), len(o.Policy.Rules[1]))
 	case o.Namespace != nil:
 		return o.Namespace.Labels["l"]
+	case o.Service != nil:
+		return fmt.Sprint(o.Service.Addresses, " ", o.Service.Ports)
+	case o.EndpointSlice != nil:
+		return fmt.Sprint("of ", o.EndpointSlice.Service, " ", o.EndpointSlice.Addresses, " ", o.EndpointSlice.Ports)
 	}
 	return "node"
 }
@@ -316,6 +322,37 @@ func TestSource(t *testing.T) {
 			t.Fatal(err)
 		}
 		m.says(podKey("a", "elsewhere-soon"), `1 [10.0.1.3] on "n2" going`)
+	})
+	t.Run("services", func(t *testing.T) {
+		svc := &corev1.Service{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "web"},
+			Spec: corev1.ServiceSpec{
+				Type: corev1.ServiceTypeNodePort, ClusterIP: "10.96.1.1",
+				Ports: []corev1.ServicePort{{Port: 80, NodePort: 30080}},
+			},
+		}
+		if _, err := c.CoreV1().Services("a").Create(t.Context(), svc, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		slice := &discoveryv1.EndpointSlice{
+			ObjectMeta:  metav1.ObjectMeta{Namespace: "a", Name: "web-1", Labels: map[string]string{discoveryv1.LabelServiceName: "web"}},
+			AddressType: discoveryv1.AddressTypeIPv6,
+			Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{"fd00::1"}}},
+			Ports:       []discoveryv1.EndpointPort{{Name: ptr.To(""), Port: ptr.To[int32](8080)}},
+		}
+		slices := c.DiscoveryV1().EndpointSlices("a")
+		slice, err := slices.Create(t.Context(), slice, metav1.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		key := manifest.Key{Kind: manifest.KindEndpointSlice, Namespace: "a", Name: "web-1"}
+		m.says(manifest.Key{Kind: manifest.KindService, Namespace: "a", Name: "web"}, "[10.96.1.1] [{ 6 80 30080}]")
+		m.says(key, "of web [fd00::1] [{ 6 8080}]")
+		slice.Endpoints = nil
+		if _, err := slices.Update(t.Context(), slice, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		m.says(key, "")
 	})
 	t.Run("Load", func(t *testing.T) {
 		s, err := New(Options{Config: plane.Config(controlplane.AdminToken), Node: "n1"})

@@ -39,7 +39,16 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 	return t, nil
 }
 
-// relevant leaves out pods elsewhere that have no address: not yet, or no more.
+// relevant leaves out what has no address: pods elsewhere before they start and
+// after they ended, and what kube-proxy has nothing to do with.
 func (s *Source) relevant(o *manifest.Object) bool {
-	return o.Pod == nil || o.Node == s.opts.Node || len(o.Pod.Addresses) > 0
+	switch {
+	case o.Pod != nil:
+		return o.Node == s.opts.Node || len(o.Pod.Addresses) > 0
+	case o.Service != nil:
+		return len(o.Service.Addresses) > 0
+	case o.EndpointSlice != nil:
+		return len(o.EndpointSlice.Addresses) > 0
+	}
+	return true
 }

@@ -74,7 +74,9 @@ func (i *Inventory) Apply(b source.Batch) {
 		delete(i.objects, k)
 	}
 	for _, o := range b.Set {
-		i.objects[o.Key] = o
+		if o.Policy != nil || o.Pod != nil || o.Namespace != nil {
+			i.objects[o.Key] = o
+		}
 	}
 }
 
