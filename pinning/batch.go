@@ -45,22 +45,34 @@ func (b *batch[K, V]) flush() map[int]error {
 	return failed
 }
 
-// dump reads a whole hash, many entries at a time where the kernel can.
-func dump[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
-	out := map[K]V{}
-	keys, values := make([]K, 4*batchSize), make([]V, 4*batchSize)
+// readSize is how many entries one syscall reads.
+const readSize = 4 * batchSize
+
+// readBatches reads a whole hash into slices of readSize keys and values, and
+// says how many there are each time. It is false where the kernel cannot.
+func readBatches(m *ebpf.Map, keys, values any, took func(n int)) bool {
 	var cursor ebpf.MapBatchCursor
 	for {
 		n, err := m.BatchLookup(&cursor, keys, values, nil)
 		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			break
+			return false
 		}
+		if took(n); err != nil {
+			return true
+		}
+	}
+}
+
+// dump reads a whole hash, many entries at a time where the kernel can.
+func dump[K comparable, V any](m *ebpf.Map) (map[K]V, error) {
+	out := map[K]V{}
+	keys, values := make([]K, readSize), make([]V, readSize)
+	if readBatches(m, keys, values, func(n int) {
 		for i := range n {
 			out[keys[i]] = values[i]
 		}
-		if err != nil {
-			return out, nil
-		}
+	}) {
+		return out, nil
 	}
 	var err error
 	for k, v := range each[K, V](m, &err) {

@@ -271,27 +271,6 @@ func TestGatesCollide(t *testing.T) {
 	}
 }
 
-func TestFullEndpoints(t *testing.T) {
-	c := small
-	c.Endpoints = 2
-	l := newLabWith(t, c)
-	l.add(request(l.veth("a"), "10.0.0.1"))
-	if err := l.state.Ready(t.Context()); err != nil {
-		t.Errorf("with room for one: %v", err)
-	}
-	last, _ := l.add(request(l.veth("b"), "10.0.0.2"))
-	if err := l.state.Ready(t.Context()); !errors.Is(err, pinning.ErrFull) {
-		t.Errorf("Ready when full: %v", err)
-	}
-	before := l.holdings()
-	if _, _, err := l.tryAdd(request(l.veth("c"), "10.0.0.3")); !errors.Is(err, pinning.ErrFull) || !strings.Contains(err.Error(), "endpoints") {
-		t.Errorf("Add when full: %v", err)
-	}
-	l.wantHoldings(before)
-	l.delete(last.Key)
-	l.add(request(l.link("c"), "10.0.0.3"))
-}
-
 func TestReadyNeedsPrograms(t *testing.T) {
 	l := newLab(t)
 	l.removePin(l.options.Layout.ProgramPath(bpf.DatapathProgToPod))

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"iter"
 	"net/netip"
-	"reflect"
 	"slices"
 
 	"github.com/cilium/ebpf"
@@ -19,84 +18,6 @@ import (
 	"github.com/podgate/podgate/bpf/flow"
 	"github.com/podgate/podgate/bpf/policy"
 )
-
-// MapUsage is how full a map is. Used is -1 for arrays and rings.
-type MapUsage struct {
-	Name  string `json:"name"`
-	Used  int    `json:"used"`
-	Max   uint32 `json:"max"`
-	Bytes uint64 `json:"bytes"`
-	// Evicts says that the kernel makes room for what is new by dropping what
-	// was used least recently.
-	Evicts bool `json:"evicts,omitempty"`
-}
-
-// How full a map is, in percent, when somebody should hear of it, and when it
-// is about to close endpoints.
-const (
-	FillWarning = 80
-	FillUrgent  = 95
-)
-
-// Full is how full the map is in percent; -1 if that is not known.
-func (u MapUsage) Full() int {
-	if u.Used < 0 || u.Max == 0 {
-		return -1
-	}
-	return int(uint64(u.Used) * 100 / uint64(u.Max))
-}
-
-// Usage of the pinned maps, by name.
-func (s *State) Usage() ([]MapUsage, error) {
-	var out []MapUsage
-	for _, name := range mapNames() {
-		m, err := s.m(name)
-		if err != nil {
-			return nil, err
-		}
-		u := MapUsage{Name: name, Used: -1, Max: m.MaxEntries(), Evicts: m.Type() == ebpf.LRUHash}
-		if info, err := m.Info(); err == nil {
-			u.Bytes, _ = info.Memlock()
-		}
-		switch m.Type() {
-		case ebpf.Hash, ebpf.LRUHash, ebpf.LPMTrie:
-			if u.Used, err = count(m); err != nil {
-				return nil, err
-			}
-		default:
-		}
-		out = append(out, u)
-	}
-	return out, nil
-}
-
-// count walks a map's entries without looking at them.
-func count(m *ebpf.Map) (int, error) {
-	bytes := func(n uint32) reflect.Value {
-		return reflect.MakeSlice(reflect.SliceOf(reflect.ArrayOf(int(n), reflect.TypeFor[byte]())), 4*batchSize, 4*batchSize)
-	}
-	keys, values := bytes(m.KeySize()).Interface(), bytes(m.ValueSize()).Interface()
-	var cursor ebpf.MapBatchCursor
-	total := 0
-	for {
-		n, err := m.BatchLookup(&cursor, keys, values, nil)
-		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			break
-		}
-		if total += n; err != nil {
-			return total, nil
-		}
-	}
-	total = 0
-	key, err := m.NextKeyBytes(nil)
-	for ; key != nil && err == nil && total < int(m.MaxEntries()); key, err = m.NextKeyBytes(key) {
-		total++
-	}
-	if err != nil {
-		return 0, fmt.Errorf("count %s: %w", m, err)
-	}
-	return total, nil
-}
 
 // EndpointCounters of one endpoint, indexed by direction.
 type EndpointCounters struct {

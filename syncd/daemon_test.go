@@ -531,7 +531,7 @@ func TestFill(t *testing.T) {
 	} {
 		log.Reset()
 		f.look(t.Context(), []pinning.MapUsage{
-			{Name: "cells", Used: tt.used, Max: 100}, {Name: "flows", Used: 100, Max: 100, Evicts: true}, {Name: "gates", Used: -1, Max: 100},
+			{Name: "cells", Used: tt.used, Max: 100}, {Name: "flows", Used: 20, Max: 100, Evicts: true}, {Name: "gates", Used: -1, Max: 100},
 		})
 		_, got, _ := strings.Cut(log.String(), "level=")
 		level, rest, _ := strings.Cut(got, " ")

@@ -29,7 +29,7 @@ func newFill(log *slog.Logger) fill {
 func (f *fill) look(ctx context.Context, usage []pinning.MapUsage) {
 	f.usage = usage
 	for _, u := range usage {
-		if u.Evicts || u.Used < 0 {
+		if u.Used < 0 {
 			continue
 		}
 		level := slog.LevelInfo
@@ -43,7 +43,7 @@ func (f *fill) look(ctx context.Context, usage []pinning.MapUsage) {
 		if f.levels[u.Name] = level; level == before {
 			continue
 		}
-		text := "map fills up: what finds no room is closed"
+		text := "map fills up: " + u.Consequence()
 		if level < before {
 			text = "map has more room again"
 		}

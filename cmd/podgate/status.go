@@ -144,8 +144,8 @@ func (a *app) statusReport(ctx context.Context) (*statusReport, error) {
 		return nil, err
 	}
 	for _, m := range r.Maps {
-		if full := m.Full(); full >= pinning.FillWarning && !m.Evicts {
-			r.problem("map "+m.Name, fmt.Errorf("%d%% full (%d of %d entries): what finds no room is closed; set the instance up anew with more capacity", full, m.Used, m.Max))
+		if full := m.Full(); full >= pinning.FillWarning {
+			r.problem("map "+m.Name, fmt.Errorf("%d%% full (%d of %d entries): %s; set the instance up anew with more capacity", full, m.Used, m.Max, m.Consequence()))
 		}
 	}
 	return r, nil
@@ -265,7 +265,7 @@ func (a *app) writeStatus(w *bytes.Buffer, r *statusReport) {
 		if percent := m.Full(); percent >= 0 {
 			used, full.text = fmt.Sprint(m.Used), fmt.Sprintf("%d%%", percent)
 			switch {
-			case m.Evicts || percent < pinning.FillWarning:
+			case percent < pinning.FillWarning:
 			case percent < pinning.FillUrgent:
 				full.style = yellow
 			default:
