@@ -244,7 +244,7 @@ func TestRevocation(t *testing.T) {
 		"the pod audited": {func(l *lab) {
 			setPod(l, "pod", pod, func(p *policy.Pod) { p.Audit = true })
 			l.enforce(without("friend"))
-		}, "pass", "pass", "pass"},
+		}, "audit default", "pass", "pass"},
 		"another attachment": {func(l *lab) {
 			l.do(func() error { return l.state.Delete(l.t.Context(), l.endpoint.Key) })
 			l.gate()
@@ -295,37 +295,6 @@ func TestPolicyComesLater(t *testing.T) {
 		{receives, tcp6, tcp(81, 40001, ack), "drop default", nil},
 		{sends, tcp6, tcp(40001, 81, ack), "drop default", nil},
 		{sends, tcp6, tcp(90, 40002, syn|ack), "drop default", nil},
-	})
-}
-
-func TestAuditEnds(t *testing.T) {
-	l := newLab(t)
-	audited := func(on bool) {
-		t.Helper()
-		err := l.compiler.SetPod(policy.Pod{
-			Key: podUID, UID: string(podUID), Namespace: "ns", Name: "pod", Labels: map[string]string{"name": "pod"},
-			Addresses: []netip.Addr{pod.v4, pod.v6}, Local: true, Audit: on,
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	audited(true)
-	l.enforce(oneWay())
-	l.gate()
-	l.talk("audited", friend, false, []step{
-		{sends, tcp6, tcp(40000, 81, syn), "audit default", nil},
-		{receives, tcp6, tcp(81, 40000, syn|ack), "pass", nil},
-		{sends, tcp6, tcp(40000, 80, syn), "pass policy", nil},
-		{receives, tcp6, tcp(40002, 90, syn), "audit default", nil},
-	})
-	audited(false)
-	l.apply()
-	l.talk("enforced", friend, false, []step{
-		{sends, tcp6, tcp(40000, 81, ack), "drop default", nil},
-		{receives, tcp6, tcp(81, 40000, ack), "drop default", nil},
-		{sends, tcp6, tcp(40000, 80, ack), "pass", nil},
-		{receives, tcp6, tcp(40002, 90, ack), "drop default", nil},
 	})
 }
 

@@ -233,6 +233,9 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 			if (j->action == ACTION_DENY &&
 			    !(gate->flags & GATE_AUDIT))
 				return refuse(skb, where);
+			if (j->action == ACTION_DENY &&
+			    f->verdict == VERDICT_ALLOWED)
+				emit(skb, EVENT_AUDIT, dir);
 			f->verdict = j->action == ACTION_ALLOW ?
 					     VERDICT_ALLOWED :
 					     VERDICT_AUDITED;
