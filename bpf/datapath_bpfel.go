@@ -418,13 +418,16 @@ type DatapathScratch struct {
 		Action  uint8
 		Reason  uint8
 	}
-	Flow    DatapathFlow
-	Tick    uint64
-	TickNs  uint64
-	Dropped uint64
-	Records uint32
-	_       [4]byte
-	Judged  [64]struct {
+	Frontend DatapathFrontendKey
+	Block    DatapathBlockKey
+	_        [4]byte
+	Flow     DatapathFlow
+	Tick     uint64
+	TickNs   uint64
+	Dropped  uint64
+	Records  uint32
+	_        [4]byte
+	Judged   [64]struct {
 		_      structs.HostLayout
 		Peer   DatapathAddress
 		At     uint32

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -145,4 +146,80 @@ func fallsBack(insns asm.Instructions) error {
 		}
 	}
 	return nil
+}
+
+// stackLimit is MAX_BPF_STACK (linux/filter.h), of a function and all that it
+// is called by.
+const stackLimit = 512
+
+// TestStackFits finds what kernels up to 6.8 reject and later ones may not:
+// those round the stack of a function up to 32 bytes, these to 16.
+func TestStackFits(t *testing.T) {
+	spec, err := LoadDatapath()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, p := range spec.Programs {
+		bytes, chain := deepest(p.Instructions)
+		t.Logf("%s: %d bytes: %s", name, bytes, strings.Join(chain, ", "))
+		if bytes > stackLimit {
+			t.Errorf("%s: %d bytes of stack, over %d: %s", name, bytes, stackLimit, strings.Join(chain, ", "))
+		}
+	}
+}
+
+func TestDeepest(t *testing.T) {
+	insns := asm.Instructions{
+		asm.StoreMem(asm.R10, -40, asm.R1, asm.DWord).WithSymbol("main"), // 64
+		asm.Call.Label("a"),
+		asm.Call.Label("b"),
+		asm.Return(),
+		asm.Mov.Reg(asm.R1, asm.R10).WithSymbol("a"), // 96
+		asm.Add.Imm(asm.R1, -70),
+		asm.Return(),
+		asm.LoadMem(asm.R0, asm.R10, -8, asm.DWord).WithSymbol("b"), // 32
+		asm.Call.Label("c"),
+		asm.Return(),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol("c"), // 32
+		asm.Call.Label("a"),
+		asm.Return(),
+	}
+	bytes, chain := deepest(insns)
+	if got, want := strings.Join(chain, ", "), "main 64, b 32, c 32, a 96"; bytes != 224 || got != want {
+		t.Errorf("%d bytes: %s, not 224: %s", bytes, got, want)
+	}
+}
+
+// deepest sums up the stack along the worst chain of calls, as
+// check_max_stack_depth in kernel/bpf/verifier.c does.
+func deepest(insns asm.Instructions) (bytes int, chain []string) {
+	const round = 32
+	own, calls := map[string]int{}, map[string][]string{}
+	function := insns[0].Symbol()
+	deep := func(offset int64) { own[function] = max(own[function], int(-offset)) }
+	for i, in := range insns {
+		if name := in.Symbol(); name != "" {
+			function = name
+			own[function] = max(own[function], 1)
+		}
+		switch class := in.OpCode.Class(); {
+		case in.IsFunctionCall():
+			calls[function] = append(calls[function], in.Reference())
+		case class.IsStore() && in.Dst == asm.R10, class.IsLoad() && in.Src == asm.R10:
+			deep(int64(in.Offset))
+		case in.OpCode.ALUOp() == asm.Add && i > 0 && insns[i-1].OpCode.ALUOp() == asm.Mov && insns[i-1].Src == asm.R10 && in.Dst == insns[i-1].Dst:
+			deep(in.Constant)
+		}
+	}
+	var down func(name string) (int, []string)
+	down = func(name string) (bytes int, chain []string) {
+		for _, callee := range calls[name] {
+			if n, c := down(callee); n > bytes {
+				bytes, chain = n, c
+			}
+		}
+		n := (own[name] + round - 1) / round * round
+		return bytes + n, append([]string{fmt.Sprintf("%s %d", name, n)}, chain...)
+	}
+	return down(insns[0].Symbol())
 }

@@ -98,9 +98,9 @@ static __always_inline int settle(struct judgement *j, __u8 action, __u8 reason)
 }
 
 /* The class of an address as a struct peer in one u64; 0 for everyone else. */
-static __always_inline __u64 classify(const struct address *a)
+static __always_inline __u64 classify(struct scratch *s,
+				      const struct address *a)
 {
-	struct block_key block = { .prefixlen = 128 };
 	__u64 *found, value;
 
 	/*
@@ -117,8 +117,9 @@ static __always_inline __u64 classify(const struct address *a)
 		if (i == 2)
 			return PEER_UNKNOWN;
 	}
-	__builtin_memcpy(block.address, a->bytes, 16);
-	found = bpf_map_lookup_elem(&blocks, &block);
+	s->block.prefixlen = 128;
+	__builtin_memcpy(s->block.address, a->bytes, 16);
+	found = bpf_map_lookup_elem(&blocks, &s->block);
 	return found ? *(volatile __u64 *)found : 0;
 }
 
@@ -186,19 +187,23 @@ __noinline int judge_choice(__u32 peer, __u32 at)
 }
 
 /* The Service with a frontend there, 0 if there is none. */
-static __always_inline __u32 find_service(const struct address *a, __u32 at)
+static __always_inline __u32 find_service(struct scratch *s,
+					  const struct address *a, __u32 at)
 {
-	struct frontend_key key = { .port = at, .protocol = at >> 16 };
+	struct frontend_key *key = &s->frontend;
 	__u64 *found, value;
 
-	address_copy(&key.address, a);
+	__builtin_memset(key, 0, sizeof(*key));
+	address_copy(&key->address, a);
+	key->port = at;
+	key->protocol = at >> 16;
 	/* As in classify. */
 	for (int i = 0; i < 3; i++) {
-		found = bpf_map_lookup_elem(&frontends, &key);
+		found = bpf_map_lookup_elem(&frontends, key);
 		if (!found)
 			return 0;
 		value = *(volatile __u64 *)found;
-		if ((__u16)(value >> 32) == frontend_tag(&key))
+		if ((__u16)(value >> 32) == frontend_tag(key))
 			return value;
 	}
 	return SERVICE_UNKNOWN;
@@ -242,13 +247,14 @@ __noinline int judge_service(__u32 id, __u32 protocol)
 }
 
 /* The verdict of the ruleset by the tables, in scratch->judgement. */
-static __always_inline int judge_peer(struct judgement *j,
+static __always_inline int judge_peer(struct scratch *s,
 				      const struct address *address, __u32 dir,
 				      __u32 at)
 {
+	struct judgement *j = &s->judgement;
 	__u64 peer;
 
-	peer = classify(address);
+	peer = classify(s, address);
 	if (peer == PEER_UNKNOWN)
 		return settle(j, ACTION_DENY, REASON_TABLE);
 	j->class = (__u32)peer & PEER_CLASS;
@@ -256,7 +262,7 @@ static __always_inline int judge_peer(struct judgement *j,
 	if (j->ruleset == RULESET_OPEN)
 		return settle(j, ACTION_ALLOW, REASON_OPEN);
 	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_SERVICE)) {
-		__u32 service = find_service(address, at);
+		__u32 service = find_service(s, address, at);
 
 		if (service == SERVICE_UNKNOWN)
 			return settle(j, ACTION_DENY, REASON_TABLE);
@@ -306,7 +312,7 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 		*j = last->answer;
 		return j->action & 1;
 	}
-	judge_peer(j, &key->peer, dir, at);
+	judge_peer(s, &key->peer, dir, at);
 	if (j->reason != REASON_TABLE) {
 		address_copy(&last->peer, &key->peer);
 		last->at = at << 1 | dir;

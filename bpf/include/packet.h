@@ -106,6 +106,8 @@ struct scratch {
 	struct packet packet;
 	struct packet quoted; /* what an ICMP error is about */
 	struct judgement judgement;
+	struct frontend_key frontend; /* to be looked up */
+	struct block_key block;
 	struct flow
 		flow; /* to be entered: the stack is 512 bytes for all frames */
 
