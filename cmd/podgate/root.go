@@ -17,6 +17,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/podgate/podgate/install"
+	"github.com/podgate/podgate/install/conflist"
 	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd/status"
 )
@@ -66,7 +68,7 @@ Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 
 	root.AddCommand(
 		a.syncCommand(), a.initCommand(), a.statusCommand(), a.policyCommand(), a.flowsCommand(),
-		a.explainCommand(), a.matrixCommand(), a.repairCommand(), a.gcCommand(), a.versionCommand(),
+		a.explainCommand(), a.matrixCommand(), a.repairCommand(), a.gcCommand(), a.installCommand(), a.uninstallCommand(), a.versionCommand(),
 	)
 	return root
 }
@@ -120,7 +122,9 @@ func hintFor(err error) string {
 		return "This podgate and the one that set the node up are of different versions: use that one, or drain the node and remove the pinned state."
 	case errors.Is(err, pinning.ErrFull):
 		return `"podgate status" shows what is full. Capacity is fixed when the state is made.`
-	case errors.Is(err, pinning.ErrLocked):
+	case errors.Is(err, conflist.ErrNone):
+		return "Set up the runtime's network first, or name its directory with --conf-dir."
+	case errors.Is(err, pinning.ErrLocked), errors.Is(err, install.ErrLocked):
 		return "Another process holds it; try again when it is done."
 	case errors.Is(err, status.ErrRunning):
 		return `Stop it first, or choose another --instance. "podgate status" shows its PID.`

@@ -40,6 +40,31 @@ const (
 	FormDelegate
 )
 
+func (f Form) String() string {
+	switch f {
+	case FormSingle:
+		return "single"
+	case FormDelegate:
+		return "delegate"
+	default:
+		return "list"
+	}
+}
+
+// MarshalText gives the name of the form.
+func (f Form) MarshalText() ([]byte, error) { return []byte(f.String()), nil }
+
+// UnmarshalText reads the name of a form.
+func (f *Form) UnmarshalText(text []byte) error {
+	for _, known := range []Form{FormList, FormSingle, FormDelegate} {
+		if known.String() == string(text) {
+			*f = known
+			return nil
+		}
+	}
+	return fmt.Errorf("form %q is not one of list, single, delegate", text)
+}
+
 // File is a network configuration on disk.
 type File struct {
 	Path string

@@ -1,0 +1,64 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// lockPoll is how often a held lock is tried again. An installer holds it for a
+// second or so.
+const lockPoll = 20 * time.Millisecond
+
+// lock makes the state directory if need be and holds it (flock) until the
+// returned function is called. It returns [ErrLocked] when ctx ends first.
+func lock(ctx context.Context, dir string) (unlock func(), err error) {
+	for {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("state directory: %w", err)
+		}
+		d, err := os.Open(dir)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // An uninstaller has removed it just now.
+		}
+		if err != nil {
+			return nil, fmt.Errorf("state directory: %w", err)
+		}
+		err = unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil && there(d, dir) {
+			return func() { d.Close() }, nil
+		}
+		d.Close()
+		if err == nil {
+			continue
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return nil, fmt.Errorf("lock %s: %w", dir, err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("lock %s: %w", dir, ErrLocked)
+		case <-time.After(lockPoll):
+		}
+	}
+}
+
+// there tells whether an open directory is still the one at path.
+func there(d *os.File, path string) bool {
+	a, err := d.Stat()
+	if err != nil {
+		return false
+	}
+	b, err := os.Stat(path)
+	return err == nil && os.SameFile(a, b)
+}
