@@ -127,7 +127,7 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	if err := s.record(&e); err != nil {
 		return e, err
 	}
-	if err := s.claim(e.Key, e.ID, e.Addresses); err != nil {
+	if err := s.claim(e.Key, e.ID, e.Gate, e.Addresses); err != nil {
 		return e, err
 	}
 	if err := s.setSources(e.ID, e.Addresses, true); err != nil {
@@ -251,8 +251,10 @@ func (s *State) await(ctx context.Context, e Endpoint, wait time.Duration) Enfor
 	deadline := time.Now().Add(wait)
 	for {
 		enforced := s.shared.enforcement(e.Gate)
-		_, found, err := s.published(e.Pod)
-		known := found || enforced != e.Mode.enforcement()
+		published, found, err := s.published(e.Pod)
+		// The daemon publishes a policy before it turns the gates to it.
+		turned := enforced == Enforcement{published.Rulesets.Ingress, published.Rulesets.Egress}
+		known := found && turned || enforced != e.Mode.enforcement()
 		if known || err != nil || !time.Now().Before(deadline) {
 			return enforced
 		}
