@@ -31,6 +31,13 @@ type DatapathAttachment struct {
 	Ifname      [16]int8
 }
 
+type DatapathBackend struct {
+	_        structs.HostLayout
+	Address  DatapathAddress
+	Port     uint16
+	Reserved [3]uint16
+}
+
 type DatapathBlockKey struct {
 	_         structs.HostLayout
 	Prefixlen uint32
@@ -64,7 +71,7 @@ type DatapathClaim struct {
 	_          structs.HostLayout
 	Attachment DatapathAttachment
 	Endpoint   uint32
-	Reserved   uint32
+	Gate       uint32
 	CreatedNs  uint64
 }
 
@@ -158,25 +165,25 @@ const (
 )
 
 type DatapathFlow struct {
-	_         structs.HostLayout
-	Valid     uint64
-	Identity  uint64
-	Seen      uint64
-	Expires   uint64
-	Packets   [2]uint64
-	Bytes     [2]uint64
-	CreatedNs uint64
-	Rule      uint32
-	Ruleset   uint32
-	Class     uint32
-	RttUs     uint32
-	Owner     uint16
-	Direction uint8
-	Kind      uint8
-	State     uint8
-	Flags     uint8
-	Verdict   uint8
-	Reason    uint8
+	_          structs.HostLayout
+	Valid      uint64
+	Identity   uint64
+	Expires    uint64
+	Translated uint64
+	Packets    [2]uint64
+	Bytes      [2]uint64
+	CreatedNs  uint64
+	Rule       uint32
+	Ruleset    uint32
+	Class      uint32
+	RttUs      uint32
+	Owner      uint16
+	Direction  uint8
+	Kind       uint8
+	State      uint8
+	Flags      uint8
+	Verdict    uint8
+	Reason     uint8
 }
 
 type DatapathFlowFlags uint32
@@ -187,6 +194,8 @@ const (
 	DatapathFlowFlagsFLOW_FIN_INGRESS DatapathFlowFlags = 4
 	DatapathFlowFlagsFLOW_FIN_EGRESS  DatapathFlowFlags = 8
 	DatapathFlowFlagsFLOW_RTT         DatapathFlowFlags = 16
+	DatapathFlowFlagsFLOW_SERVICE     DatapathFlowFlags = 32
+	DatapathFlowFlagsFLOW_HAIRPIN     DatapathFlowFlags = 64
 )
 
 type DatapathFlowKey struct {
@@ -276,6 +285,15 @@ const (
 	DatapathGateFlagsGATE_AUDIT      DatapathGateFlags = 2
 )
 
+type DatapathHandover struct {
+	_          structs.HostLayout
+	Key        DatapathFlowKey
+	Translated uint64
+	Tick       uint64
+	Slot       uint32
+	Rule       uint32
+}
+
 type DatapathJoinKey struct {
 	_     structs.HostLayout
 	Pod   uint32
@@ -337,7 +355,8 @@ const (
 	DatapathReasonREASON_MARTIAN           DatapathReason = 19
 	DatapathReasonREASON_TABLE             DatapathReason = 20
 	DatapathReasonREASON_SERVICE_MIXED     DatapathReason = 21
-	DatapathReasonREASON_COUNT             DatapathReason = 22
+	DatapathReasonREASON_SERVICE           DatapathReason = 22
+	DatapathReasonREASON_COUNT             DatapathReason = 23
 )
 
 type DatapathRuleInfo struct {
@@ -460,6 +479,22 @@ type DatapathService struct {
 	PortName  [64]int8
 }
 
+type DatapathServiceEvent struct {
+	_            structs.HostLayout
+	Event        DatapathEvent
+	Frontend     DatapathAddress
+	FrontendPort uint16
+	Reserved     [3]uint16
+}
+
+type DatapathServicesMode uint32
+
+const (
+	DatapathServicesModeSERVICES_NONE   DatapathServicesMode = 0
+	DatapathServicesModeSERVICES_BEFORE DatapathServicesMode = 1
+	DatapathServicesModeSERVICES_AFTER  DatapathServicesMode = 2
+)
+
 type DatapathSource struct {
 	_        structs.HostLayout
 	Address  DatapathAddress
@@ -474,7 +509,8 @@ type DatapathState struct {
 	Generation   uint32
 	NextRuleset  uint32
 	NodesNs      uint64
-	Reserved     [3]uint64
+	Services     uint32
+	Reserved     [5]uint32
 }
 
 type DatapathVerdict uint32
@@ -489,6 +525,7 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	DatapathMapBackends           = "backends"
 	DatapathMapBlocks             = "blocks"
 	DatapathMapCells              = "cells"
 	DatapathMapClaims             = "claims"
@@ -501,6 +538,7 @@ const (
 	DatapathMapFragments          = "fragments"
 	DatapathMapFrontends          = "frontends"
 	DatapathMapGates              = "gates"
+	DatapathMapHandovers          = "handovers"
 	DatapathMapJoins              = "joins"
 	DatapathMapLostEvents         = "lost_events"
 	DatapathMapPeers              = "peers"
@@ -530,6 +568,8 @@ const (
 	DatapathVarUnusedGateFlags    = "unused_gate_flags"
 	DatapathVarUnusedReason       = "unused_reason"
 	DatapathVarUnusedRulesetFlags = "unused_ruleset_flags"
+	DatapathVarUnusedServiceEvent = "unused_service_event"
+	DatapathVarUnusedServicesMode = "unused_services_mode"
 	DatapathVarUnusedVerdict      = "unused_verdict"
 )
 
@@ -583,6 +623,7 @@ type DatapathProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type DatapathMapSpecs struct {
+	Backends         *ebpf.MapSpec `ebpf:"backends"`
 	Blocks           *ebpf.MapSpec `ebpf:"blocks"`
 	Cells            *ebpf.MapSpec `ebpf:"cells"`
 	Claims           *ebpf.MapSpec `ebpf:"claims"`
@@ -595,6 +636,7 @@ type DatapathMapSpecs struct {
 	Fragments        *ebpf.MapSpec `ebpf:"fragments"`
 	Frontends        *ebpf.MapSpec `ebpf:"frontends"`
 	Gates            *ebpf.MapSpec `ebpf:"gates"`
+	Handovers        *ebpf.MapSpec `ebpf:"handovers"`
 	Joins            *ebpf.MapSpec `ebpf:"joins"`
 	LostEvents       *ebpf.MapSpec `ebpf:"lost_events"`
 	Peers            *ebpf.MapSpec `ebpf:"peers"`
@@ -628,6 +670,8 @@ type DatapathVariableSpecs struct {
 	UnusedGateFlags    *ebpf.VariableSpec `ebpf:"unused_gate_flags"`
 	UnusedReason       *ebpf.VariableSpec `ebpf:"unused_reason"`
 	UnusedRulesetFlags *ebpf.VariableSpec `ebpf:"unused_ruleset_flags"`
+	UnusedServiceEvent *ebpf.VariableSpec `ebpf:"unused_service_event"`
+	UnusedServicesMode *ebpf.VariableSpec `ebpf:"unused_services_mode"`
 	UnusedVerdict      *ebpf.VariableSpec `ebpf:"unused_verdict"`
 }
 
@@ -651,6 +695,7 @@ func (o *DatapathObjects) Close() error {
 //
 // It can be passed to LoadDatapathObjects or ebpf.CollectionSpec.LoadAndAssign.
 type DatapathMaps struct {
+	Backends         *ebpf.Map `ebpf:"backends"`
 	Blocks           *ebpf.Map `ebpf:"blocks"`
 	Cells            *ebpf.Map `ebpf:"cells"`
 	Claims           *ebpf.Map `ebpf:"claims"`
@@ -663,6 +708,7 @@ type DatapathMaps struct {
 	Fragments        *ebpf.Map `ebpf:"fragments"`
 	Frontends        *ebpf.Map `ebpf:"frontends"`
 	Gates            *ebpf.Map `ebpf:"gates"`
+	Handovers        *ebpf.Map `ebpf:"handovers"`
 	Joins            *ebpf.Map `ebpf:"joins"`
 	LostEvents       *ebpf.Map `ebpf:"lost_events"`
 	Peers            *ebpf.Map `ebpf:"peers"`
@@ -680,6 +726,7 @@ type DatapathMaps struct {
 
 func (m *DatapathMaps) Close() error {
 	return _DatapathClose(
+		m.Backends,
 		m.Blocks,
 		m.Cells,
 		m.Claims,
@@ -692,6 +739,7 @@ func (m *DatapathMaps) Close() error {
 		m.Fragments,
 		m.Frontends,
 		m.Gates,
+		m.Handovers,
 		m.Joins,
 		m.LostEvents,
 		m.Peers,
@@ -726,6 +774,8 @@ type DatapathVariables struct {
 	UnusedGateFlags    *ebpf.Variable `ebpf:"unused_gate_flags"`
 	UnusedReason       *ebpf.Variable `ebpf:"unused_reason"`
 	UnusedRulesetFlags *ebpf.Variable `ebpf:"unused_ruleset_flags"`
+	UnusedServiceEvent *ebpf.Variable `ebpf:"unused_service_event"`
+	UnusedServicesMode *ebpf.Variable `ebpf:"unused_services_mode"`
 	UnusedVerdict      *ebpf.Variable `ebpf:"unused_verdict"`
 }
 

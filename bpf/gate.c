@@ -25,10 +25,14 @@ const enum flow_kind *const unused_flow_kind __attribute__((unused));
 const enum flow_state *const unused_flow_state __attribute__((unused));
 const enum flow_flags *const unused_flow_flags __attribute__((unused));
 const enum event_type *const unused_event_type __attribute__((unused));
+const enum services_mode *const unused_services_mode __attribute__((unused));
+const struct service_event *const unused_service_event __attribute__((unused));
 const struct event *const unused_event __attribute__((unused));
 
 /* unusual() left a flow to be looked up. */
 #define CONTINUE 256
+/* It passes, and after_nat judges it. */
+#define DEFERRED 257
 
 /*
  * Parses what is not a common shape and settles what has no flow.
@@ -76,7 +80,7 @@ __noinline int unusual(struct __sk_buff *skb, __u32 where)
 	default:
 		return refuse_for(skb, s->packet.reason, where);
 	}
-	count(skb, WHERE_SLOT(where), dir, true);
+	count(skb->len, WHERE_SLOT(where), dir, true);
 	return TC_ACT_UNSPEC;
 }
 
@@ -97,9 +101,76 @@ static __always_inline bool opens_flow(const struct packet *p)
 	return true;
 }
 
-/* An allowed packet of a flow: state, life, counters. */
-static __always_inline int pass(struct __sk_buff *skb, __u8 tcp_flags,
-				struct flow *f, __u32 where)
+/*
+ * State changes of a flow: the first reply, TCP packets with SYN, FIN or RST,
+ * and whatever follows a RST. The caller's packet has been allowed.
+ */
+static __noinline int flow_advance(struct flow *f, __u32 tcp_flags, __u32 dir,
+				   __u64 now)
+{
+	__u8 fins = FLOW_FIN_INGRESS | FLOW_FIN_EGRESS;
+	bool reply = dir != f->direction;
+
+	if (tcp_opens(tcp_flags)) {
+		if (!reply && f->state >= FLOW_CLOSING) {
+			/* The port is used again. */
+			f->state = FLOW_NEW;
+			f->flags &= ~(fins | FLOW_RTT);
+			f->created_ns = bpf_ktime_get_ns();
+		}
+	} else if (tcp_flags & TCP_RST) {
+		f->state = FLOW_CLOSED;
+	} else if (reply && f->state == FLOW_NEW) {
+		f->state = FLOW_ESTABLISHED;
+		if ((tcp_flags & TCP_SYN) && !(f->flags & FLOW_RTT)) {
+			f->rtt_us = (bpf_ktime_get_ns() - f->created_ns) / 1000;
+			f->flags |= FLOW_RTT;
+		}
+	}
+	/* It goes on after all: the RST was not for real. */
+	if (f->state == FLOW_CLOSED && !(tcp_flags & (TCP_SYN | TCP_RST)) &&
+	    (f->flags & fins) != fins)
+		f->state = FLOW_ESTABLISHED;
+	if (tcp_flags & TCP_FIN) {
+		f->flags |= dir == DIRECTION_INGRESS ? FLOW_FIN_INGRESS :
+						       FLOW_FIN_EGRESS;
+		if (f->state < FLOW_CLOSING)
+			f->state = FLOW_CLOSING;
+		if ((f->flags & fins) == fins)
+			f->state = FLOW_CLOSED;
+	}
+	flow_touch(f, now);
+	return 0;
+}
+
+/*
+ * Leaves a packet to a Service to after_nat, with what is allowed of it as of
+ * now. It is counted there.
+ */
+static __always_inline int defer(const struct flow_key *key, __u32 where,
+				 __u64 translated, __u32 rule)
+{
+	struct handover *h;
+	__u32 zero = 0;
+
+	h = bpf_map_lookup_elem(&handovers, &zero);
+	if (!h)
+		return TC_ACT_SHOT;
+	h->key = *key;
+	h->translated = translated;
+	h->tick = bpf_jiffies64();
+	h->slot = WHERE_SLOT(where);
+	h->rule = rule;
+	return DEFERRED;
+}
+
+/*
+ * An allowed packet of a flow: state, life, counters. judged says that the
+ * flow was, under the rules of now.
+ */
+static __always_inline int pass(struct __sk_buff *skb,
+				const struct flow_key *key, __u8 tcp_flags,
+				struct flow *f, __u32 where, bool judged)
 {
 	__u32 dir = WHERE_DIR(where);
 	__u64 now = bpf_jiffies64();
@@ -108,13 +179,16 @@ static __always_inline int pass(struct __sk_buff *skb, __u8 tcp_flags,
 	    f->state == FLOW_CLOSED ||
 	    (f->state == FLOW_NEW && dir != f->direction))
 		flow_advance(f, tcp_flags, dir, now);
-	else if (now - f->seen > jiffies_per_second)
+	else if (now + flow_timeout(f->kind, f->state) - f->expires >
+		 jiffies_per_second)
 		flow_touch(f, now);
 	f->packets[dir]++;
 	f->bytes[dir] += skb->len;
+	if (dir == DIRECTION_EGRESS && (f->flags & FLOW_SERVICE))
+		return defer(key, where, judged ? f->translated : 0, f->rule);
 	if (f->rule)
-		count_rule(skb, f->rule);
-	count(skb, WHERE_SLOT(where), dir, true);
+		count_rule(skb->len, f->rule);
+	count(skb->len, WHERE_SLOT(where), dir, true);
 	return TC_ACT_UNSPEC;
 }
 
@@ -128,10 +202,10 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	struct scratch *s = scratch_get();
 	struct gate *gate = gate_at(where);
 	__u32 dir = WHERE_DIR(where);
+	struct event *e = NULL;
 	struct judgement *j;
 	struct packet *p;
 	struct flow *f;
-	struct event *e;
 	__u64 now_ns;
 	int err;
 
@@ -157,6 +231,10 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 		j->action == ACTION_ALLOW ? VERDICT_ALLOWED : VERDICT_AUDITED;
 	if (j->reason == REASON_NODE && dir == DIRECTION_INGRESS)
 		f->flags |= FLOW_NODE;
+	if (j->reason == REASON_SELF && dir == DIRECTION_INGRESS)
+		f->flags |= FLOW_HAIRPIN;
+	if (j->reason == REASON_SERVICE)
+		f->flags |= FLOW_SERVICE;
 	if (dir == DIRECTION_EGRESS || is_own(gate, &p->key.local))
 		f->flags |= FLOW_VERIFIED;
 	/* Open since before podgate: there will be no handshake. */
@@ -167,9 +245,11 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	f->packets[dir] = 1;
 	f->bytes[dir] = skb->len;
 	flow_touch(f, bpf_jiffies64());
-	e = record(skb, s,
-		   f->verdict == VERDICT_ALLOWED ? EVENT_FLOW : EVENT_AUDIT,
-		   dir, now_ns);
+	if (j->reason != REASON_SERVICE)
+		e = record(skb, s,
+			   f->verdict == VERDICT_ALLOWED ? EVENT_FLOW :
+							   EVENT_AUDIT,
+			   dir, now_ns);
 	err = bpf_map_update_elem(&flows, &p->key, f, flags);
 	if (err) {
 		if (e)
@@ -180,10 +260,52 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	}
 	if (e)
 		submit(s, e);
+	if (j->reason == REASON_SERVICE)
+		return defer(&p->key, where, 0, 0);
 	if (j->rule)
-		count_rule(skb, j->rule);
-	count(skb, WHERE_SLOT(where), dir, true);
+		count_rule(skb->len, j->rule);
+	count(skb->len, WHERE_SLOT(where), dir, true);
 	return TC_ACT_UNSPEC;
+}
+
+/*
+ * Did the pod send the packet that reaches it? One to its own Service comes
+ * back with an address of the node: kube-proxy masquerades it.
+ */
+static __always_inline bool is_hairpin(struct __sk_buff *skb, __u32 where)
+{
+	return WHERE_DIR(where) == DIRECTION_INGRESS && skb->ingress_ifindex &&
+	       services_mode() != SERVICES_NONE &&
+	       (skb->tc_index & TAG_SLOT) == TAG(WHERE_SLOT(where));
+}
+
+/*
+ * A known flow, just judged: if it is one of a Service, what the pod sends is
+ * left to after_nat, and what it receives is judged by the backend.
+ */
+static __always_inline bool is_left(struct scratch *s, struct flow *f,
+				    __u32 dir, __u64 rulesets, __u32 epoch)
+{
+	struct judgement *j = &s->judgement;
+
+	if (!goes_on(j, f)) {
+		f->flags &= ~FLOW_SERVICE;
+		f->translated = 0;
+		return false;
+	}
+	f->flags |= FLOW_SERVICE;
+	if (dir == DIRECTION_EGRESS) {
+		/* What was allowed is not to be trusted until it is again. */
+		if (!f->translated)
+			f->valid = flow_valid(f->identity, rulesets, epoch);
+		return true;
+	}
+	s->quoted.key = s->packet.key;
+	judge_backend(rulesets, f);
+	/* The backend's address has another owner. */
+	if (f->owner && j->owner && f->owner != j->owner)
+		settle(j, ACTION_DENY, REASON_TABLE);
+	return false;
 }
 
 /*
@@ -196,7 +318,7 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 	struct scratch *s = scratch_get();
 	struct gate *gate = gate_at(where);
 	__u32 epoch = current_epoch();
-	__u32 dir = WHERE_DIR(where);
+	__u32 dir = WHERE_DIR(where), how;
 	struct flow *f = NULL;
 	__u64 rulesets;
 	struct judgement *j;
@@ -211,10 +333,12 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 	rulesets = gate_rulesets(gate);
 	if (spoofs(skb, gate, p, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
+	how = HOW(dir, from_node(skb, dir), false, icmp_coordinate(p));
+	if (is_hairpin(skb, where))
+		how |= HOW_HAIRPIN;
 	if (tcp_opens(p->tcp_flags)) {
 		/* No flow lets in a SYN that would not get in by itself. */
-		judge(ruleset_of(rulesets, dir),
-		      HOW(dir, from_node(skb, dir), false, 0));
+		judge_first(j, ruleset_of(rulesets, dir), how);
 		if (j->action == ACTION_DENY && !(gate->flags & GATE_AUDIT))
 			return refuse(skb, where);
 		action = open_flow(skb, where, rulesets, epoch, BPF_NOEXIST);
@@ -230,6 +354,9 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 	/* A SYN from the other side asks for a connection of its own. */
 	if (f && alive && (dir == f->direction || !tcp_opens(p->tcp_flags))) {
 		if (judge_flow(j, rulesets, f, p->key.protocol, false)) {
+			if (is_left(s, f, dir, rulesets, epoch))
+				return pass(skb, &p->key, p->tcp_flags, f,
+					    where, false);
 			if (j->action == ACTION_DENY &&
 			    !(gate->flags & GATE_AUDIT))
 				return refuse(skb, where);
@@ -246,20 +373,21 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 			if (j->owner)
 				f->owner = j->owner;
 			f->valid = flow_valid(f->identity, rulesets, epoch);
-			return pass(skb, p->tcp_flags, f, where);
+			return pass(skb, &p->key, p->tcp_flags, f, where, true);
 		}
 		/* The flow was a former owner's of the peer address. */
 		alive = false;
 	}
 
-	judge(ruleset_of(rulesets, dir),
-	      HOW(dir, from_node(skb, dir), false, icmp_coordinate(p)));
+	judge_first(j, ruleset_of(rulesets, dir), how);
 	if (j->action == ACTION_DENY &&
 	    (!opens_flow(p) || !(gate->flags & GATE_AUDIT)))
 		return refuse(skb, where);
 	if (!opens_flow(p) ||
 	    (f && alive && f->state < FLOW_CLOSING && dir != f->direction)) {
-		count(skb, WHERE_SLOT(where), dir, true);
+		if (j->reason == REASON_SERVICE)
+			return DEFERRED;
+		count(skb->len, WHERE_SLOT(where), dir, true);
 		return TC_ACT_UNSPEC;
 	}
 	return open_flow(skb, where, rulesets, epoch, BPF_ANY);
@@ -285,7 +413,7 @@ static __always_inline int track(struct __sk_buff *skb, struct gate *gate,
 				   current_epoch()) &&
 	    !flow_expired(f, bpf_jiffies64()) &&
 	    (dir == DIRECTION_INGRESS || (f->flags & FLOW_VERIFIED))) {
-		action = pass(skb, p->tcp_flags, f, where);
+		action = pass(skb, &p->key, p->tcp_flags, f, where, true);
 	} else {
 		if (!in_scratch) {
 			s = scratch_get();
@@ -311,7 +439,8 @@ __noinline int slow_path(struct __sk_buff *skb, __u32 where)
 	if (action != CONTINUE)
 		return action;
 	action = track(skb, gate, &s->packet, where, true);
-	if (action == TC_ACT_UNSPEC && s->packet.first_fragment)
+	if ((action == TC_ACT_UNSPEC || action == DEFERRED) &&
+	    s->packet.first_fragment)
 		remember_fragment(WHERE_DIR(where));
 	return action;
 }
@@ -348,9 +477,10 @@ __noinline int probe(struct __sk_buff *skb, __u32 dir)
 	else if (spoofs(skb, gate, &s->packet, dir))
 		j->reason = REASON_SPOOFED_ADDRESS;
 	else
-		judge(ruleset_of(gate_rulesets(gate), dir),
-		      HOW(dir, skb->cb[2] & PROBE_LOCAL_ORIGIN, false,
-			  icmp_coordinate(&s->packet)));
+		judge_first(j, ruleset_of(gate_rulesets(gate), dir),
+			    HOW(dir, skb->cb[2] & PROBE_LOCAL_ORIGIN, false,
+				icmp_coordinate(&s->packet)) |
+				    HOW_AHEAD);
 	skb->cb[0] = j->action == ACTION_ALLOW  ? VERDICT_ALLOWED :
 		     (gate->flags & GATE_AUDIT) ? VERDICT_AUDITED :
 						  VERDICT_DENIED;
@@ -366,8 +496,20 @@ __noinline int no_gate(struct __sk_buff *skb, __u32 dir)
 {
 	if (skb->ifindex == PROBE_LOOPBACK && skb->cb[0] == PROBE_MAGIC)
 		return probe(skb, dir);
-	count_drop(skb, REASON_NO_GATE, dir);
+	count_drop(skb->len, REASON_NO_GATE, dir);
 	return TC_ACT_SHOT;
+}
+
+/* Leaves word of who sent a packet that passes, and whether it was judged. */
+static __always_inline int tag(struct __sk_buff *skb, __u32 slot, int action)
+{
+	if (action == DEFERRED) {
+		skb->tc_index = TAG(slot);
+		return TC_ACT_UNSPEC;
+	}
+	if (action == TC_ACT_UNSPEC && services_mode() != SERVICES_NONE)
+		skb->tc_index = TAG_JUDGED | TAG(slot);
+	return action;
 }
 
 static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
@@ -376,6 +518,7 @@ static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
 	struct packet p;
 	__u32 slot, where;
 	__u8 reason;
+	int action;
 
 	gate = find_gate(skb->ifindex, &slot);
 	if (!gate)
@@ -385,8 +528,10 @@ static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
 	if (reason)
 		return wrong_mac(skb, where, reason);
 	if (!parse_fast(skb, dir, gate->endpoint, &p))
-		return slow_path(skb, where);
-	return track(skb, gate, &p, where, false);
+		action = slow_path(skb, where);
+	else
+		action = track(skb, gate, &p, where, false);
+	return dir == DIRECTION_EGRESS ? tag(skb, slot, action) : action;
 }
 
 SEC("tc")

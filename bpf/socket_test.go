@@ -49,7 +49,9 @@ func patience(allowed bool) time.Duration {
 	return 400 * time.Millisecond
 }
 
-func newStreet(t *testing.T, bridged bool) *street {
+func newStreet(t *testing.T, bridged bool) *street { return newStreetOf(t, bridged, residents) }
+
+func newStreetOf(t *testing.T, bridged bool, residents map[string]host) *street {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces and eBPF need root")
@@ -176,10 +178,11 @@ func (s *street) settle(name string, h host, bridged bool) {
 			return err
 		}
 		if bridged {
-			return address(l, h, 24, 64)
+			err = address(l, h, 24, 64)
+		} else {
+			err = errors.Join(address(l, h, 32, 128), route(l, node.v4, none, 32), route(l, node.v6, none, 128))
 		}
-		return errors.Join(address(l, h, 32, 128), route(l, node.v4, none, 32), route(l, node.v6, none, 128),
-			route(l, netip.IPv4Unspecified(), node.v4, 0), route(l, netip.IPv6Unspecified(), node.v6, 0))
+		return errors.Join(err, route(l, netip.IPv4Unspecified(), node.v4, 0), route(l, netip.IPv6Unspecified(), node.v6, 0))
 	}))
 }
 

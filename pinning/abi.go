@@ -44,6 +44,8 @@ func shapes() map[string]shape {
 		bpf.DatapathMapPolicyInfo:       shapeOf[uint32, bpf.DatapathPolicyInfo](),
 		bpf.DatapathMapRulesetPolicies:  shapeOf[bpf.DatapathRulesetPolicyKey, uint32](),
 		bpf.DatapathMapFlows:            shapeOf[bpf.DatapathFlowKey, bpf.DatapathFlow](),
+		bpf.DatapathMapBackends:         shapeOf[bpf.DatapathFlowKey, bpf.DatapathBackend](),
+		bpf.DatapathMapHandovers:        shapeOf[uint32, bpf.DatapathHandover](),
 		bpf.DatapathMapFragments:        shapeOf[bpf.DatapathFragmentKey, bpf.DatapathFragment](),
 		bpf.DatapathMapEvents:           {},
 		bpf.DatapathMapEndpointCounters: shapeOf[uint32, bpf.DatapathEndpointCounters](),

@@ -21,7 +21,7 @@ import (
 // former owner ends: no class, and no flow is trusted until judged again.
 func (s *State) Claim(ctx context.Context, k AttachmentKey, addrs []netip.Addr) error {
 	return s.locked(ctx, func() error {
-		if err := s.claim(k, 0, addrs); err != nil {
+		if err := s.claim(k, 0, 0, addrs); err != nil {
 			return err
 		}
 		return s.addressesMoved()
@@ -51,7 +51,7 @@ func (s *State) addressesMoved() error {
 // claim writes the claims of an endpoint. The peers entry of an address goes
 // if it was another's: until somebody classifies it anew the address is what
 // its block says.
-func (s *State) claim(k AttachmentKey, endpoint uint32, addrs []netip.Addr) error {
+func (s *State) claim(k AttachmentKey, endpoint, gate uint32, addrs []netip.Addr) error {
 	key, err := k.wire()
 	if err != nil {
 		return err
@@ -60,7 +60,7 @@ func (s *State) claim(k AttachmentKey, endpoint uint32, addrs []netip.Addr) erro
 	if err != nil {
 		return err
 	}
-	value := bpf.DatapathClaim{Attachment: key, Endpoint: endpoint, CreatedNs: uint64(time.Now().UnixNano())}
+	value := bpf.DatapathClaim{Attachment: key, Endpoint: endpoint, Gate: gate, CreatedNs: uint64(time.Now().UnixNano())}
 	for _, a := range addrs {
 		if a.IsLinkLocalUnicast() {
 			continue

@@ -93,6 +93,7 @@ func (c Capacity) apply(spec *ebpf.CollectionSpec) {
 		bpf.DatapathMapPolicyInfo:       c.Rules,
 		bpf.DatapathMapRuleCounters:     c.Rules,
 		bpf.DatapathMapFlows:            c.Flows,
+		bpf.DatapathMapBackends:         (c.Flows + 3) / 4,
 		bpf.DatapathMapFrontends:        c.Services,
 		bpf.DatapathMapServices:         c.Services * 2, // the next one of each is there before the last one goes
 		bpf.DatapathMapFragments:        c.Fragments,

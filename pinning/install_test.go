@@ -100,8 +100,8 @@ func TestEnsureAdopts(t *testing.T) {
 }
 
 var wantPins = []string{
-	"blocks", "cells", "claims", "classes", "drop_counters", "endpoint_counters", "endpoints", "events", "flows",
-	"fragments", "frontends", "gates", "joins", "lost_events", "peers", "pods", "policy_info", "rule_counters", "rule_info",
+	"backends", "blocks", "cells", "claims", "classes", "drop_counters", "endpoint_counters", "endpoints", "events", "flows",
+	"fragments", "frontends", "gates", "handovers", "joins", "lost_events", "peers", "pods", "policy_info", "rule_counters", "rule_info",
 	"ruleset_policies", "rulesets", "services", "sources", "state", "from_pod", "to_pod",
 }
 

@@ -72,5 +72,10 @@ func (l Layout) endpointLinks(endpoint uint32) string {
 	return filepath.Join(l.LinksDir(), strconv.FormatUint(uint64(endpoint), 10))
 }
 
+// natDir holds the netfilter links of after_nat, beside those of endpoints.
+func (l Layout) natDir() string { return filepath.Join(l.LinksDir(), "netfilter") }
+
+func (l Layout) natLink(hook string) string { return filepath.Join(l.natDir(), hook) }
+
 // eventsDir is locked by the one consumer of the ring buffer.
 func (l Layout) eventsDir() string { return filepath.Join(l.VersionDir(), "events") }

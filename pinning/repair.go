@@ -54,6 +54,9 @@ func (s *State) Repair(ctx context.Context) ([]Repaired, error) {
 				alive[e.ID] = struct{}{}
 			}
 		}
+		attached, err := s.repairServices()
+		errs = append(errs, err)
+		done = append(done, attached...)
 		swept, err := s.sweepPins(alive)
 		errs = append(errs, err, s.sweepGates(alive), s.sweepSources(alive), s.sweepClaims(), s.Sweep(ctx))
 		done = append(done, swept...)
@@ -158,7 +161,7 @@ func (s *State) sweepPins(alive map[uint32]struct{}) ([]Repaired, error) {
 	}
 	var done []Repaired
 	for _, entry := range entries {
-		if _, ok := owned[entry.Name()]; ok {
+		if _, ok := owned[entry.Name()]; ok || entry.Name() == filepath.Base(s.layout.natDir()) {
 			continue
 		}
 		path := filepath.Join(s.layout.LinksDir(), entry.Name())
@@ -246,6 +249,9 @@ func (s *State) Upgrade(ctx context.Context) (bool, error) {
 				return err
 			}
 			same = same && equal
+		}
+		if upgraded, err = s.upgradeServices(); err != nil {
+			return err
 		}
 		if same {
 			return nil

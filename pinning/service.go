@@ -148,9 +148,11 @@ func choicesOf(v *bpf.DatapathService) []choice {
 }
 
 // SetServices tells the Services there are; it replaces what it was told
-// before, by this process or a former one. What policy allows is the backend:
-// a packet to a frontend is allowed when it is allowed to each of its
-// backends, and denied with a reason of its own when only to some.
+// before, by this process or a former one. What policy allows is the backend.
+// Where the kernel can have a program behind DNAT, that judges the one that
+// was chosen. Elsewhere, and under IPVS, a packet to a frontend is allowed when
+// it is allowed to each of its backends, and denied with a reason of its own
+// when only to some. It is called in the node's network namespace.
 //
 // What cannot be stored is returned in a joined error, [ErrFull] or
 // [ErrInvalid], with the name of the Service; its frontends are judged as the
@@ -183,6 +185,9 @@ func (w *serviceWriter) problem(v *Service, err error) {
 
 func (w *serviceWriter) set(all []Service) error {
 	if err := w.sweepServices(); err != nil {
+		return err
+	}
+	if err := w.chooseMode(len(all) > 0); err != nil {
 		return err
 	}
 	w.t.wanted, w.t.backends = nil, map[netip.Addr][]int{}
@@ -219,7 +224,25 @@ func (w *serviceWriter) set(all []Service) error {
 	if changed {
 		err = w.addressesMoved()
 	}
+	if err == nil && len(w.t.frontends) == 0 {
+		err = w.setServicesMode(ServicesNone)
+	}
 	return errors.Join(append(w.problems, err)...)
+}
+
+// chooseMode says when Services are judged, before the first frontend is there.
+func (w *serviceWriter) chooseMode(any bool) error {
+	if !any {
+		return nil
+	}
+	err := w.afterNAT()
+	if err == nil {
+		return w.setServicesMode(ServicesAfter)
+	}
+	if !w.private {
+		w.log.Warn("Services are judged before translation, by all of their backends", "because", err)
+	}
+	return w.setServicesMode(ServicesBefore)
 }
 
 // publish makes frontends lead to the Services of now. An address is marked
@@ -460,7 +483,11 @@ func (s *State) sweepServices() error {
 		s.services.ids.free(id)
 		delete(s.services.choices, id)
 	}
-	return nil
+	// The last packets that were left to it are judged.
+	if mode, err := s.ServicesMode(); err != nil || mode != ServicesNone || len(s.services.ids.used) > 0 || s.private {
+		return err
+	}
+	return s.detachAfterNAT()
 }
 
 // chosen are the classes that Services refer to.

@@ -115,9 +115,13 @@ func (m *market) apply(u policy.Update) {
 
 func (m *market) set(all ...pinning.Service) {
 	m.t.Helper()
-	if err := m.state.SetServices(m.t.Context(), all); err != nil {
+	if err := m.trySet(all...); err != nil {
 		m.t.Fatal(err)
 	}
+}
+
+func (m *market) trySet(all ...pinning.Service) error {
+	return m.Do(func() error { return m.state.SetServices(m.t.Context(), all) })
 }
 
 // want is a verdict on the client's way to an address, in a word for its reason.
@@ -286,7 +290,7 @@ func TestServicesThatCannotBeStored(t *testing.T) {
 		"twice":    {Namespace: "ns", Name: "bad", Protocol: policy.TCP, Frontends: at("10.96.0.1:80")},
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := m.state.SetServices(t.Context(), []pinning.Service{fine, bad})
+			err := m.trySet(fine, bad)
 			if !errors.Is(err, pinning.ErrInvalid) || !strings.Contains(err.Error(), "ns/bad") {
 				t.Errorf("the error is %v", err)
 			}
@@ -295,7 +299,7 @@ func TestServicesThatCannotBeStored(t *testing.T) {
 	}
 	many := fine
 	many.Name, many.Frontends = "many", at("10.96.0.2:80", "10.96.0.3:80", "10.96.0.4:80")
-	err := m.state.SetServices(t.Context(), []pinning.Service{many})
+	err := m.trySet(many)
 	if !errors.Is(err, pinning.ErrFull) || !strings.Contains(err.Error(), "service ns/many:http: frontend 10.96.0.") {
 		t.Errorf("the error is %v", err)
 	}

@@ -101,6 +101,8 @@ func (r Reason) words() [2]string {
 		return [2]string{"martian", "an IPv4-mapped address on the wire"}
 	case bpf.DatapathReasonREASON_TABLE:
 		return [2]string{"table", "a map was full or changed while it was read"}
+	case bpf.DatapathReasonREASON_SERVICE:
+		return [2]string{"service", "to a Service: the backend is judged once it is chosen"}
 	case bpf.DatapathReasonREASON_SERVICE_MIXED:
 		return [2]string{"service-mixed", "some backends of the Service are allowed and others not, and which one is chosen is not known yet"}
 	}

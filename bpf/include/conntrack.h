@@ -64,53 +64,10 @@ static __always_inline bool flow_expired(const struct flow *f, __u64 now)
 
 static __always_inline void flow_touch(struct flow *f, __u64 now)
 {
-	f->seen = now;
 	f->expires = now + flow_timeout(f->kind, f->state);
 }
 
 static __always_inline bool tcp_opens(__u8 flags)
 {
 	return (flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN;
-}
-
-/*
- * State changes of a flow: the first reply, TCP packets with SYN, FIN or RST,
- * and whatever follows a RST. The caller's packet has been allowed.
- */
-static __noinline int flow_advance(struct flow *f, __u32 tcp_flags, __u32 dir,
-				   __u64 now)
-{
-	__u8 fins = FLOW_FIN_INGRESS | FLOW_FIN_EGRESS;
-	bool reply = dir != f->direction;
-
-	if (tcp_opens(tcp_flags)) {
-		if (!reply && f->state >= FLOW_CLOSING) {
-			/* The port is used again. */
-			f->state = FLOW_NEW;
-			f->flags &= ~(fins | FLOW_RTT);
-			f->created_ns = bpf_ktime_get_ns();
-		}
-	} else if (tcp_flags & TCP_RST) {
-		f->state = FLOW_CLOSED;
-	} else if (reply && f->state == FLOW_NEW) {
-		f->state = FLOW_ESTABLISHED;
-		if ((tcp_flags & TCP_SYN) && !(f->flags & FLOW_RTT)) {
-			f->rtt_us = (bpf_ktime_get_ns() - f->created_ns) / 1000;
-			f->flags |= FLOW_RTT;
-		}
-	}
-	/* It goes on after all: the RST was not for real. */
-	if (f->state == FLOW_CLOSED && !(tcp_flags & (TCP_SYN | TCP_RST)) &&
-	    (f->flags & fins) != fins)
-		f->state = FLOW_ESTABLISHED;
-	if (tcp_flags & TCP_FIN) {
-		f->flags |= dir == DIRECTION_INGRESS ? FLOW_FIN_INGRESS :
-						       FLOW_FIN_EGRESS;
-		if (f->state < FLOW_CLOSING)
-			f->state = FLOW_CLOSING;
-		if ((f->flags & fins) == fins)
-			f->state = FLOW_CLOSED;
-	}
-	flow_touch(f, now);
-	return 0;
 }

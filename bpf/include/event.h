@@ -14,7 +14,7 @@
 /* A CPU looks whether to wake it at every so many records. */
 #define EVENTS_LOOK 32
 
-static __always_inline void count(struct __sk_buff *skb, __u32 slot, __u32 dir,
+static __always_inline void count(__u32 length, __u32 slot, __u32 dir,
 				  bool allowed)
 {
 	struct endpoint_counters *c =
@@ -24,32 +24,31 @@ static __always_inline void count(struct __sk_buff *skb, __u32 slot, __u32 dir,
 		return;
 	if (allowed) {
 		c->allowed_packets[dir & 1]++;
-		c->allowed_bytes[dir & 1] += skb->len;
+		c->allowed_bytes[dir & 1] += length;
 	} else {
 		c->dropped_packets[dir & 1]++;
-		c->dropped_bytes[dir & 1] += skb->len;
+		c->dropped_bytes[dir & 1] += length;
 	}
 }
 
-static __always_inline void count_rule(struct __sk_buff *skb, __u32 rule)
+static __always_inline void count_rule(__u32 length, __u32 rule)
 {
 	struct counter *c = bpf_map_lookup_elem(&rule_counters, &rule);
 
 	if (c) {
 		c->packets++;
-		c->bytes += skb->len;
+		c->bytes += length;
 	}
 }
 
-static __always_inline void count_drop(struct __sk_buff *skb, __u8 reason,
-				       __u8 dir)
+static __always_inline void count_drop(__u32 length, __u8 reason, __u8 dir)
 {
 	__u32 index = (__u32)reason * 2 + dir;
 	struct counter *c = bpf_map_lookup_elem(&drop_counters, &index);
 
 	if (c) {
 		c->packets++;
-		c->bytes += skb->len;
+		c->bytes += length;
 	}
 }
 
@@ -84,33 +83,37 @@ static __always_inline bool repeats(struct scratch *s, __u32 dir)
 	return same;
 }
 
-/* The record of what scratch holds, for whoever submits it; NULL if full. */
-static __always_inline struct event *record(struct __sk_buff *skb,
-					    struct scratch *s, __u32 type,
-					    __u32 dir, __u64 now_ns)
+static __always_inline void *reserve(__u64 size)
 {
-	struct judgement *j = &s->judgement;
-	struct packet *p = &s->packet;
-	struct event *e;
+	void *e = bpf_ringbuf_reserve(&events, size, 0);
 
-	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e) {
 		__u32 zero = 0;
 		__u64 *lost = bpf_map_lookup_elem(&lost_events, &zero);
 
 		if (lost)
 			(*lost)++;
-		return NULL;
 	}
+	return e;
+}
+
+/* Writes down what scratch holds. */
+static __always_inline void fill(struct event *e, const struct scratch *s,
+				 __u32 length, __u32 ifindex, __u32 type,
+				 __u32 dir, __u64 now_ns)
+{
+	const struct judgement *j = &s->judgement;
+	const struct packet *p = &s->packet;
+
 	e->time_ns = now_ns;
 	address_copy(&e->local, &p->key.local);
 	address_copy(&e->peer, &p->key.peer);
 	e->endpoint = p->key.endpoint;
-	e->ifindex = skb->ifindex;
+	e->ifindex = ifindex;
 	e->rule = j->rule;
 	e->ruleset = j->ruleset;
 	e->class = j->class;
-	e->length = skb->len;
+	e->length = length;
 	e->local_port = p->key.local_port;
 	e->peer_port = p->key.peer_port;
 	e->ethertype = p->ethertype;
@@ -126,10 +129,21 @@ static __always_inline struct event *record(struct __sk_buff *skb,
 	e->icmp_code = p->icmp_code;
 	e->reserved[0] = 0;
 	e->reserved[1] = 0;
+}
+
+/* The record of what scratch holds, for whoever submits it; NULL if full. */
+static __always_inline struct event *record(struct __sk_buff *skb,
+					    struct scratch *s, __u32 type,
+					    __u32 dir, __u64 now_ns)
+{
+	struct event *e = reserve(sizeof(*e));
+
+	if (e)
+		fill(e, s, skb->len, skb->ifindex, type, dir, now_ns);
 	return e;
 }
 
-static __always_inline void submit(struct scratch *s, struct event *e)
+static __always_inline void submit(struct scratch *s, void *e)
 {
 	__u64 flags = BPF_RB_NO_WAKEUP;
 

@@ -7,6 +7,7 @@
 
 #include "config.h"
 #include "maps.h"
+#include "packet.h"
 
 /* A gate's slot and a direction in one scalar. */
 #define WHERE(slot, dir) ((slot) << 1 | (dir))
@@ -14,6 +15,9 @@
 #define WHERE_DIR(where) ((where) & 1)
 
 #define NO_SLOT 0xffffffffU
+
+/* A gate's slot as skb->tc_index has it. */
+#define TAG(slot) ((slot) < TAG_SLOT ? (slot) + 1 : 0)
 
 /* The slot of a gate whose first slot another one has. */
 __noinline __u32 displaced_slot(__u32 ifindex)
@@ -63,4 +67,26 @@ static __always_inline __u32 current_epoch(void)
 	struct state *s = bpf_map_lookup_elem(&state, &zero);
 
 	return s ? *(volatile __u32 *)&s->epoch : 0;
+}
+
+static __always_inline __u32 services_mode(void)
+{
+	__u32 zero = 0;
+	struct state *s = bpf_map_lookup_elem(&state, &zero);
+
+	return s ? *(volatile __u32 *)&s->services : SERVICES_NONE;
+}
+
+/* Does the address belong to the endpoint? Most have one of each family. */
+static __always_inline bool is_own(const struct gate *gate,
+				   const struct address *a)
+{
+	struct source key = { .endpoint = gate->endpoint };
+
+	if (address_is_zero(a))
+		return false;
+	if (address_equal(a, &gate->own[0]) || address_equal(a, &gate->own[1]))
+		return true;
+	address_copy(&key.address, a);
+	return bpf_map_lookup_elem(&sources, &key) != NULL;
 }

@@ -22,8 +22,6 @@
 #define PEER_UNKNOWN (~0ULL)
 /* The service could not be read. No service has this number. */
 #define SERVICE_UNKNOWN (~0U)
-/* Beside actions: the service has no backends, so nothing is translated. */
-#define NO_CHOICE 2
 /* 2^14 chunks are searched in this many halvings. */
 #define CELL_SEARCH 14
 
@@ -131,6 +129,14 @@ static __always_inline __u64 classify(struct scratch *s,
 #define HOW_FROM_NODE(how) ((how) & 2)
 #define HOW_QUOTED(how) ((how) & 4)
 #define HOW_ICMP(how) ((how) >> 16)
+/* Flags for how. The peer is what a Service was translated to. */
+#define HOW_TRANSLATED 8U
+/* It will be: judge what it may come to, now. */
+#define HOW_AHEAD 16U
+/* The packet may be the pod's own, with the node's address by masquerading. */
+#define HOW_HAIRPIN 32U
+/* What verdicts are remembered by, beside the direction. */
+#define HOW_KIND (HOW_TRANSLATED | HOW_AHEAD)
 
 /* Where this CPU remembers a verdict, whatever it remembers there now. */
 static __always_inline struct judged *judged_at(struct scratch *s,
@@ -186,6 +192,25 @@ __noinline int judge_choice(__u32 peer, __u32 at)
 	return judge_class(&s->judgement, peer, DIRECTION_EGRESS, at);
 }
 
+/* The peer of the packet at hand. */
+static __always_inline const struct address *peer_of(const struct scratch *s,
+						     __u32 how)
+{
+	return HOW_QUOTED(how) ? &s->quoted.key.peer : &s->packet.key.peer;
+}
+
+/* Is the peer this node? */
+__noinline int peer_is_node(__u32 how)
+{
+	struct scratch *s = scratch_get();
+	__u64 peer;
+
+	if (!s)
+		return 0;
+	peer = classify(s, peer_of(s, how));
+	return peer != PEER_UNKNOWN && ((__u32)peer & PEER_NODE);
+}
+
 /* The Service with a frontend there, 0 if there is none. */
 static __always_inline __u32 find_service(struct scratch *s,
 					  const struct address *a, __u32 at)
@@ -209,32 +234,61 @@ static __always_inline __u32 find_service(struct scratch *s,
 	return SERVICE_UNKNOWN;
 }
 
-/*
- * The verdict on a Service whose backend is not chosen yet: that on all of
- * them, if they agree. The result is NO_CHOICE for one without backends.
- */
-__noinline int judge_service(__u32 id, __u32 protocol)
+/* The destination port and protocol; for ICMP, the type and code in how. */
+static __always_inline __u32 coordinate(const struct flow_key *key, __u32 how)
 {
-	struct service *service = bpf_map_lookup_elem(&services, &id);
+	__u32 at = (__u32)key->protocol << 16;
+
+	if (key->protocol == IPPROTO_ICMP || key->protocol == IPPROTO_ICMPV6)
+		return at | HOW_ICMP(how);
+	return at | (HOW_DIR(how) == DIRECTION_EGRESS ? key->peer_port :
+							key->local_port);
+}
+
+/*
+ * The verdict on a marked peer, whose class is in scratch->judgement. To the
+ * frontend of a Service it is that on all backends, if they agree, unless the
+ * backend is judged later.
+ */
+__noinline int judge_service(__u32 how)
+{
 	struct scratch *s = scratch_get();
-	__u32 count, allowed = 0;
+	__u32 id, count, at, class, allowed = 0;
+	const struct address *peer;
+	struct service *service;
 	struct judgement *j;
 
 	if (!s)
 		return ACTION_DENY;
 	j = &s->judgement;
+	peer = peer_of(s, how);
+	at = coordinate(HOW_QUOTED(how) ? &s->quoted.key : &s->packet.key, how);
+	class = j->class;
+	id = find_service(s, peer, at);
+	if (!id)
+		return judge_choice(class, at);
+	service = bpf_map_lookup_elem(&services, &id);
 	if (!service)
 		return settle(j, ACTION_DENY, REASON_TABLE);
+	/* On their link, a pod of this node gets the packet as it is. */
+	if (bpf_map_lookup_elem(&claims, peer) &&
+	    judge_choice(class, at) == ACTION_DENY)
+		return ACTION_DENY;
+	j->rule = 0;
+	j->class = class & PEER_CLASS;
+	if (services_mode() == SERVICES_AFTER && !(how & HOW_AHEAD))
+		return settle(j, ACTION_ALLOW, REASON_SERVICE);
 	count = *(volatile __u32 *)&service->count;
+	/* Nothing is translated. */
 	if (!count)
-		return NO_CHOICE;
+		return judge_choice(class, at);
 	for (__u32 i = 0; i < SERVICE_CHOICES; i++) {
+		struct choice *c = &service->choices[i];
+
 		if (i >= count)
 			break;
-		allowed += judge_choice(service->choices[i].class,
-					protocol << 16 |
-						service->choices[i].port) &
-			   1;
+		allowed +=
+			judge_choice(c->class, (at & 0xff0000) | c->port) & 1;
 	}
 	/* Checked last: the element may have become another one meanwhile. */
 	if (*(volatile __u32 *)&service->id != id)
@@ -248,10 +302,11 @@ __noinline int judge_service(__u32 id, __u32 protocol)
 
 /* The verdict of the ruleset by the tables, in scratch->judgement. */
 static __always_inline int judge_peer(struct scratch *s,
-				      const struct address *address, __u32 dir,
+				      const struct address *address, __u32 how,
 				      __u32 at)
 {
 	struct judgement *j = &s->judgement;
+	__u32 dir = HOW_DIR(how);
 	__u64 peer;
 
 	peer = classify(s, address);
@@ -261,26 +316,22 @@ static __always_inline int judge_peer(struct scratch *s,
 	j->owner = peer >> 32;
 	if (j->ruleset == RULESET_OPEN)
 		return settle(j, ACTION_ALLOW, REASON_OPEN);
-	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_SERVICE)) {
-		__u32 service = find_service(s, address, at);
-
-		if (service == SERVICE_UNKNOWN)
-			return settle(j, ACTION_DENY, REASON_TABLE);
-		if (service && judge_service(service, at >> 16) != NO_CHOICE)
-			return j->action;
+	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_SERVICE) &&
+	    !(how & HOW_TRANSLATED)) {
+		j->class = peer;
+		return settle(j, ACTION_DENY, REASON_NONE);
 	}
 	return judge_class(j, peer, dir, at);
 }
 
 /*
- * The verdict of the ruleset on the first packet of a flow, in
- * scratch->judgement; the result is its action. The destination port counts;
- * for ICMP, the type and code in how. The epoch is read before the tables, so
+ * The verdict of the ruleset on a packet, in scratch->judgement. One to a
+ * marked peer is not settled: it has no reason. The epoch is read before the tables, so
  * what is remembered of them is never younger than it says.
  */
 __noinline int judge(__u32 ruleset_id, __u32 how)
 {
-	__u32 dir = HOW_DIR(how), epoch = current_epoch(), at;
+	__u32 dir = HOW_DIR(how), epoch = current_epoch(), at, kind;
 	struct scratch *s = scratch_get();
 	const struct flow_key *key;
 	struct judged *last;
@@ -298,26 +349,36 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 		return settle(j, ACTION_ALLOW, REASON_NODE);
 	if (address_equal(&key->local, &key->peer))
 		return settle(j, ACTION_ALLOW, REASON_SELF);
-	at = (__u32)key->protocol << 16;
-	if (key->protocol == IPPROTO_ICMP || key->protocol == IPPROTO_ICMPV6)
-		at |= HOW_ICMP(how);
-	else
-		at |= dir == DIRECTION_EGRESS ? key->peer_port :
-						key->local_port;
-
-	last = judged_at(s, &key->peer, ruleset_id, at << 1 | dir);
+	if ((how & HOW_HAIRPIN) && peer_is_node(how))
+		return settle(j, ACTION_ALLOW, REASON_SELF);
+	at = coordinate(key, how);
+	kind = (how & HOW_KIND) << 24 | at << 1 | dir;
+	last = judged_at(s, &key->peer, ruleset_id, kind);
 	if (last->answer.ruleset == ruleset_id && ruleset_id &&
-	    last->at == (at << 1 | dir) && last->epoch == epoch &&
+	    last->at == kind && last->epoch == epoch &&
 	    address_equal(&last->peer, &key->peer)) {
 		*j = last->answer;
 		return j->action & 1;
 	}
-	judge_peer(s, &key->peer, dir, at);
+	judge_peer(s, &key->peer, how, at);
 	if (j->reason != REASON_TABLE) {
 		address_copy(&last->peer, &key->peer);
-		last->at = at << 1 | dir;
+		last->at = kind;
 		last->epoch = epoch;
 		last->answer = *j;
 	}
 	return j->action & 1;
+}
+
+/*
+ * The verdict of the ruleset on the first packet of a flow, in
+ * scratch->judgement. Two calls beside and not in each other: old kernels have
+ * 512 bytes of stack for all of them.
+ */
+static __always_inline void judge_first(struct judgement *j, __u32 ruleset_id,
+					__u32 how)
+{
+	judge(ruleset_id, how);
+	if (j->reason == REASON_NONE)
+		judge_service(how);
 }

@@ -36,7 +36,7 @@ struct {
 	__type(value, struct endpoint);
 } endpoints SEC(".maps");
 
-/* Written by the IPAM delegate, ADD and DEL; read by user space only. */
+/* Written by the IPAM delegate, ADD and DEL; read for packets to Services. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 16384);
@@ -168,6 +168,22 @@ struct {
 	__type(key, struct flow_key);
 	__type(value, struct flow);
 } flows SEC(".maps");
+
+/* Written by after_nat; read by to_pod: where flows of Services lead. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct flow_key);
+	__type(value, struct backend);
+} backends SEC(".maps");
+
+/* Written by from_pod; read by after_nat. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct handover);
+} handovers SEC(".maps");
 
 /* Written and read by the datapath. */
 struct {

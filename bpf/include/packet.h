@@ -89,7 +89,7 @@ struct judgement {
  */
 struct judged {
 	struct address peer;
-	__u32 at; /* coordinate << 1 | direction */
+	__u32 at; /* kind << 24 | coordinate << 1 | direction */
 	__u32 epoch;
 	struct judgement answer; /* ruleset 0: none */
 };

@@ -38,20 +38,6 @@ static __always_inline bool mac_equal(const __u8 *a, const __u8 *b)
 		 (a[4] ^ b[4]) | (a[5] ^ b[5]));
 }
 
-/* Does the address belong to the endpoint? Most have one of each family. */
-static __always_inline bool is_own(const struct gate *gate,
-				   const struct address *a)
-{
-	struct source key = { .endpoint = gate->endpoint };
-
-	if (address_is_zero(a))
-		return false;
-	if (address_equal(a, &gate->own[0]) || address_equal(a, &gate->own[1]))
-		return true;
-	address_copy(&key.address, a);
-	return bpf_map_lookup_elem(&sources, &key) != NULL;
-}
-
 /*
  * Is a source that is not the endpoint's own all right? Only the unspecified
  * address of a DHCP client (RFC 2131 4.1).

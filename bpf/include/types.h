@@ -57,7 +57,9 @@ enum reason {
 	REASON_TABLE = 20,     /* a map was full or changed under the reader */
 	/* Some backends of the Service are allowed, others not, or unknown. */
 	REASON_SERVICE_MIXED = 21,
-	REASON_COUNT = 22,
+	REASON_SERVICE =
+		22, /* allows: the backend is judged once it is known */
+	REASON_COUNT = 23,
 };
 
 /* An IPv6 address, or an IPv4 address as ::ffff:a.b.c.d (RFC 4291 2.5.5.2). */
@@ -132,7 +134,7 @@ struct endpoint {
 struct claim {
 	struct attachment attachment;
 	__u32 endpoint; /* 0: claimed at allocation, not gated yet */
-	__u32 reserved;
+	__u32 gate;
 	__u64 created_ns; /* CLOCK_REALTIME */
 };
 
@@ -308,7 +310,9 @@ enum flow_flags {
 	FLOW_VERIFIED = 1 << 1, /* the local address is the endpoint's */
 	FLOW_FIN_INGRESS = 1 << 2,
 	FLOW_FIN_EGRESS = 1 << 3,
-	FLOW_RTT = 1 << 4, /* rtt_us is measured */
+	FLOW_RTT = 1 << 4,     /* rtt_us is measured */
+	FLOW_SERVICE = 1 << 5, /* judged again after each translation */
+	FLOW_HAIRPIN = 1 << 6, /* the pod's own, over a Service */
 };
 
 /*
@@ -328,9 +332,10 @@ struct flow_key {
 struct flow {
 	/* identity + what it was judged under: one compare on the fast path */
 	__u64 valid;
-	__u64 identity;   /* of the key: tells a value read while recycled */
-	__u64 seen;       /* jiffies, of about the last packet */
-	__u64 expires;    /* jiffies */
+	__u64 identity; /* of the key: tells a value read while recycled */
+	__u64 expires;  /* jiffies */
+	/* of a Service's: identity with the backend that was allowed, or 0 */
+	__u64 translated;
 	__u64 packets[2]; /* by direction */
 	__u64 bytes[2];
 	__u64 created_ns; /* CLOCK_MONOTONIC */
@@ -345,6 +350,13 @@ struct flow {
 	__u8 flags;     /* enum flow_flags */
 	__u8 verdict;   /* enum verdict */
 	__u8 reason;    /* enum reason */
+};
+
+/* What a flow of a Service was translated to, when it was allowed. */
+struct backend {
+	struct address address;
+	__u16 port;
+	__u16 reserved[3];
 };
 
 struct fragment_key {
@@ -397,6 +409,14 @@ struct event {
 	__u8 reserved[2];
 };
 
+/* An event of after_nat: peer is the backend, this the way to it. */
+struct service_event {
+	struct event event;
+	struct address frontend;
+	__u16 frontend_port; /* 0: not known */
+	__u16 reserved[3];
+};
+
 struct endpoint_counters {
 	__u64 allowed_packets[2]; /* by direction */
 	__u64 allowed_bytes[2];
@@ -416,7 +436,35 @@ struct state {
 	__u32 generation; /* bumped by each ADD, DEL and GC */
 	__u32 next_ruleset;
 	__u64 nodes_ns; /* CLOCK_REALTIME when all PEER_NODEs were last known */
-	__u64 reserved[3];
+	__u32 services; /* enum services_mode */
+	__u32 reserved[5];
+};
+
+/* When packets to a Service are judged. */
+enum services_mode {
+	SERVICES_NONE = 0,   /* there are none */
+	SERVICES_BEFORE = 1, /* before translation, on all backends */
+	SERVICES_AFTER = 2,  /* after it, on the backend, by after_nat */
+};
+
+/*
+ * What from_pod leaves in skb->tc_index, for after_nat and for to_pod: the slot
+ * of the pod's gate, plus one, and whether the packet was judged. It stays with
+ * the packet on its way through the node. The slot is 0 where it has no room.
+ */
+#define TAG_JUDGED 0x8000U
+#define TAG_SLOT 0x7fffU
+
+/*
+ * What from_pod tells after_nat about the packet that it has just deferred:
+ * both run on one CPU, one after the other.
+ */
+struct handover {
+	struct flow_key key; /* before translation */
+	__u64 translated;    /* what is allowed as of now, or 0 */
+	__u64 tick;          /* jiffies */
+	__u32 slot;
+	__u32 rule;
 };
 
 /*

@@ -48,15 +48,15 @@ __noinline int refuse(struct __sk_buff *skb, __u32 where)
 		return TC_ACT_SHOT;
 	j = &s->judgement;
 	audit = gate->flags & GATE_AUDIT;
-	count(skb, WHERE_SLOT(where), dir, audit);
+	count(skb->len, WHERE_SLOT(where), dir, audit);
 	/* Frames that a bridge floods are nobody's news. */
 	if (j->reason != REASON_OTHER_HOST)
 		emit(skb, audit ? EVENT_AUDIT : EVENT_DROP, dir);
 	if (audit)
 		return TC_ACT_UNSPEC;
-	count_drop(skb, j->reason, dir);
+	count_drop(skb->len, j->reason, dir);
 	if (j->rule)
-		count_rule(skb, j->rule);
+		count_rule(skb->len, j->rule);
 	return TC_ACT_SHOT;
 }
 
@@ -85,10 +85,59 @@ static __always_inline bool judge_flow(struct judgement *j, __u64 rulesets,
 {
 	__u32 opened = f->direction & 1;
 
-	judge(ruleset_of(rulesets, opened),
-	      HOW(opened, f->flags & FLOW_NODE, quoted,
-		  echo_coordinate(protocol)));
+	judge_first(j, ruleset_of(rulesets, opened),
+		    HOW(opened, f->flags & FLOW_NODE, quoted,
+			echo_coordinate(protocol)) |
+			    (f->flags & FLOW_HAIRPIN ? HOW_HAIRPIN : 0));
 	return !(f->owner && j->owner && f->owner != j->owner);
+}
+
+/*
+ * Is a flow, just judged, to be judged by what its packets are translated to?
+ * One that was, is, even when the frontend is gone: connections outlive it.
+ */
+static __always_inline bool goes_on(const struct judgement *j,
+				    const struct flow *f)
+{
+	return j->reason == REASON_SERVICE ||
+	       ((f->flags & FLOW_SERVICE) && f->translated &&
+		j->reason != REASON_OPEN && services_mode() == SERVICES_AFTER);
+}
+
+/*
+ * Makes the key of the quoted packet, which is that of a Service's flow, the
+ * one with the backend that it had when it was allowed. Without one the result
+ * is 0 and the judgement settled: a flow that never was allowed passes unless
+ * it was refused, since after_nat sees what the pod sends.
+ */
+__noinline int recall_backend(__u64 translated, __u32 verdict)
+{
+	struct scratch *s = scratch_get();
+	struct backend *b;
+
+	if (!s)
+		return 0;
+	settle(&s->judgement, ACTION_DENY, REASON_TABLE);
+	if (!translated) {
+		settle(&s->judgement,
+		       verdict == VERDICT_DENIED ? ACTION_DENY : ACTION_ALLOW,
+		       REASON_SERVICE);
+		return 0;
+	}
+	b = bpf_map_lookup_elem(&backends, &s->quoted.key);
+	if (!b)
+		return 0;
+	address_copy(&s->quoted.key.peer, &b->address);
+	s->quoted.key.peer_port = b->port;
+	return flow_identity(&s->quoted.key) == translated;
+}
+
+/* Judges the flow of a Service by its backend. */
+static __always_inline void judge_backend(__u64 rulesets, const struct flow *f)
+{
+	if (recall_backend(f->translated, f->verdict))
+		judge(ruleset_of(rulesets, DIRECTION_EGRESS),
+		      HOW(DIRECTION_EGRESS, false, true, 0) | HOW_TRANSLATED);
 }
 
 /* The addresses of a quoted packet, as the other hook saw it. */
@@ -174,6 +223,7 @@ __noinline int related(struct __sk_buff *skb, __u32 where)
 	struct gate *gate = gate_at(where);
 	struct packet *q;
 	struct flow *f;
+	__u64 rulesets;
 	__u32 at;
 
 	if (!s || !gate)
@@ -191,9 +241,12 @@ __noinline int related(struct __sk_buff *skb, __u32 where)
 	if (!f || f->identity != flow_identity(&q->key) ||
 	    flow_expired(f, bpf_jiffies64()))
 		return 0;
-	return judge_flow(&s->judgement, gate_rulesets(gate), f,
-			  q->key.protocol, true) &&
-	       s->judgement.action == ACTION_ALLOW;
+	rulesets = gate_rulesets(gate);
+	if (!judge_flow(&s->judgement, rulesets, f, q->key.protocol, true))
+		return 0;
+	if (goes_on(&s->judgement, f))
+		judge_backend(rulesets, f);
+	return s->judgement.action == ACTION_ALLOW;
 }
 
 /* Policy for a packet in scratch that opens no flow. */
@@ -207,14 +260,14 @@ __noinline int judge_stateless(struct __sk_buff *skb, __u32 where)
 		return TC_ACT_SHOT;
 	if (spoofs(skb, gate, &s->packet, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
-	judge(ruleset_of(gate_rulesets(gate), dir),
-	      HOW(dir, from_node(skb, dir), false,
-		  icmp_coordinate(&s->packet)));
+	judge_first(&s->judgement, ruleset_of(gate_rulesets(gate), dir),
+		    HOW(dir, from_node(skb, dir), false,
+			icmp_coordinate(&s->packet)));
 	if (s->judgement.action == ACTION_DENY)
 		return refuse(skb, where);
-	count(skb, WHERE_SLOT(where), dir, true);
+	count(skb->len, WHERE_SLOT(where), dir, true);
 	if (s->judgement.rule)
-		count_rule(skb, s->judgement.rule);
+		count_rule(skb->len, s->judgement.rule);
 	if (s->packet.first_fragment)
 		remember_fragment(dir);
 	return TC_ACT_UNSPEC;

@@ -14,25 +14,25 @@ import (
 )
 
 type floorFlow struct {
-	_         structs.HostLayout
-	Valid     uint64
-	Identity  uint64
-	Seen      uint64
-	Expires   uint64
-	Packets   [2]uint64
-	Bytes     [2]uint64
-	CreatedNs uint64
-	Rule      uint32
-	Ruleset   uint32
-	Class     uint32
-	RttUs     uint32
-	Owner     uint16
-	Direction uint8
-	Kind      uint8
-	State     uint8
-	Flags     uint8
-	Verdict   uint8
-	Reason    uint8
+	_          structs.HostLayout
+	Valid      uint64
+	Identity   uint64
+	Expires    uint64
+	Translated uint64
+	Packets    [2]uint64
+	Bytes      [2]uint64
+	CreatedNs  uint64
+	Rule       uint32
+	Ruleset    uint32
+	Class      uint32
+	RttUs      uint32
+	Owner      uint16
+	Direction  uint8
+	Kind       uint8
+	State      uint8
+	Flags      uint8
+	Verdict    uint8
+	Reason     uint8
 }
 
 type floorFlowKey struct {
