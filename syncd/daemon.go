@@ -52,6 +52,8 @@ type Options struct {
 	// Report is told how the daemon is, at least once in [status.Interval]. It
 	// fills in what it knows better: process, version, place.
 	Report func(status.Status)
+	// Notify is told each problem when it appears; it may be nil.
+	Notify func(source.Problem)
 	// Metrics may be nil.
 	Metrics *metrics.Daemon
 	Logger  *slog.Logger
@@ -104,6 +106,9 @@ func New(opts Options) *Daemon {
 	if opts.Report == nil {
 		opts.Report = func(status.Status) {}
 	}
+	if opts.Notify == nil {
+		opts.Notify = func(source.Problem) {}
+	}
 	if opts.Metrics == nil {
 		opts.Metrics = metrics.NewDaemon()
 	}
@@ -116,7 +121,7 @@ func New(opts Options) *Daemon {
 		inventory: inventory.New(opts.Inventory),
 		compiler:  policy.NewCompiler(),
 		services:  newServices(),
-		problems:  newProblems(opts.Logger),
+		problems:  newProblems(opts.Logger, opts.Notify),
 		retry:     opts.Retry,
 		fill:      newFill(opts.Logger),
 	}

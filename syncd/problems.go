@@ -17,12 +17,14 @@ import (
 // problems are those that stand, by the step they come from. Each is logged
 // once, when it appears, and its end as well.
 type problems struct {
-	log      *slog.Logger
+	log *slog.Logger
+	// notify is told each that appears.
+	notify   func(source.Problem)
 	standing map[string][]source.Problem
 }
 
-func newProblems(log *slog.Logger) problems {
-	return problems{log, make(map[string][]source.Problem)}
+func newProblems(log *slog.Logger, notify func(source.Problem)) problems {
+	return problems{log, notify, make(map[string][]source.Problem)}
 }
 
 // set replaces the problems of a step by an error, or by none.
@@ -49,6 +51,7 @@ func (p problems) replace(step string, next []source.Problem) {
 				next[i].Since = time.Now()
 			}
 			p.log.Error("problem", "subject", next[i].Subject, "reason", next[i].Reason)
+			p.notify(next[i])
 		}
 	}
 	for _, o := range before {

@@ -63,3 +63,11 @@ func (o *origin) open(dir source.DirectoryOptions, logger *slog.Logger) (source.
 
 // empty tells whether nothing is named.
 func (o *origin) empty() bool { return o.PolicyDir == "" && o.Kubeconfig == "" }
+
+// notifier is what tells others of problems, if the source has somewhere to.
+func notifier(s source.Source) func(source.Problem) {
+	if s, ok := s.(interface{ Notify(p source.Problem) }); ok {
+		return s.Notify
+	}
+	return nil
+}

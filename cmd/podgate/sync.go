@@ -146,6 +146,7 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 				logger.Error("status not written", "error", err)
 			}
 		},
+		Notify:  notifier(from),
 		Metrics: figures,
 		Logger:  logger,
 	})

@@ -68,6 +68,7 @@ type resource struct {
 type clients struct {
 	config     *rest.Config
 	http       *http.Client
+	scheme     *runtime.Scheme
 	codecs     serializer.CodecFactory
 	interfaces map[schema.GroupVersion]rest.Interface
 }
@@ -85,7 +86,7 @@ func newClients(config *rest.Config) (*clients, error) {
 		return nil, fmt.Errorf("API server %s: %w", config.Host, err)
 	}
 	return &clients{
-		config: config, http: client, codecs: serializer.NewCodecFactory(scheme),
+		config: config, http: client, scheme: scheme, codecs: serializer.NewCodecFactory(scheme),
 		interfaces: make(map[schema.GroupVersion]rest.Interface),
 	}, nil
 }

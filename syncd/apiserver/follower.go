@@ -10,6 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
 
 	"github.com/podgate/podgate/syncd/manifest"
@@ -30,6 +31,7 @@ type follower struct {
 // item is what is left of an object.
 type item struct {
 	object manifest.Object
+	uid    types.UID
 	// fault says what of the object was not understood.
 	fault string
 }

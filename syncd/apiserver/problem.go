@@ -30,7 +30,7 @@ func (s *Source) problems(now time.Time) []source.Problem {
 		}
 		for _, key := range slices.SortedFunc(maps.Keys(f.items), manifest.Key.Compare) {
 			if fault := f.items[key].fault; fault != "" {
-				out = append(out, source.Problem{Subject: key.String(), Reason: fault + consequence(f.kind)})
+				out = append(out, source.Problem{Subject: key.String(), Object: key, Reason: fault + consequence(f.kind)})
 			}
 		}
 	}

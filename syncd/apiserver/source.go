@@ -17,6 +17,7 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
 
 	"github.com/podgate/podgate/syncd/manifest"
@@ -50,6 +51,8 @@ type Source struct {
 	mu sync.Mutex
 	// touched are the objects that may differ from what was delivered.
 	touched map[manifest.Key]struct{}
+	// recorder writes events while Run runs.
+	recorder record.EventRecorder
 }
 
 // New is a source that has not begun. It fails only for a configuration that
@@ -90,7 +93,7 @@ func New(opts Options) (*Source, error) {
 // Load reads the whole state once. It fails when the server does not answer
 // within the patience of the options.
 func (s *Source) Load(ctx context.Context) (source.Batch, error) {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(s.quiet(ctx))
 	wait := s.start(ctx)
 	defer func() {
 		cancel()
@@ -112,6 +115,12 @@ func (s *Source) Load(ctx context.Context) (source.Batch, error) {
 // Run delivers the state and its changes. Changes that come while one batch is
 // worked on make the next one.
 func (s *Source) Run(ctx context.Context, deliver func(source.Batch)) error {
+	ctx = s.quiet(ctx)
+	stop, err := s.record(ctx)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	wait := s.start(ctx)
 	defer wait()
 	look := time.NewTicker(s.opts.Patience / 5)
@@ -134,8 +143,6 @@ func (s *Source) Run(ctx context.Context, deliver func(source.Batch)) error {
 
 // start begins to follow the server and answers how to wait for the end of it.
 func (s *Source) start(ctx context.Context) (wait func()) {
-	// The reflectors log each attempt that fails. That is what problems are for.
-	ctx = klog.NewContext(ctx, logr.FromSlogHandler(quiet{s.opts.Logger.Handler()}))
 	var running sync.WaitGroup
 	for _, f := range s.followers {
 		running.Go(func() {
@@ -143,6 +150,12 @@ func (s *Source) start(ctx context.Context) (wait func()) {
 		})
 	}
 	return running.Wait
+}
+
+// quiet lets the client log at debug level: it logs each attempt that fails,
+// which is what problems are for.
+func (s *Source) quiet(ctx context.Context) context.Context {
+	return klog.NewContext(ctx, logr.FromSlogHandler(quiet{s.opts.Logger.Handler()}))
 }
 
 // notify makes Run look.

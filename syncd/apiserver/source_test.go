@@ -31,7 +31,8 @@ import (
 
 // mirror is what a source has delivered so far.
 type mirror struct {
-	t *testing.T
+	t      *testing.T
+	source *Source
 
 	mu       sync.Mutex
 	objects  map[manifest.Key]manifest.Object
@@ -47,7 +48,7 @@ func run(t *testing.T, config *rest.Config) *mirror {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &mirror{t: t, objects: make(map[manifest.Key]manifest.Object)}
+	m := &mirror{t: t, source: s, objects: make(map[manifest.Key]manifest.Object)}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx, m.take) }()
@@ -58,6 +59,15 @@ func run(t *testing.T, config *rest.Config) *mirror {
 		}
 	})
 	return m
+}
+
+// notify has events written about the problems there are.
+func (m *mirror) notify() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, p := range m.problems {
+		m.source.Notify(p)
+	}
 }
 
 func (m *mirror) take(b source.Batch) {
@@ -76,7 +86,12 @@ func (m *mirror) take(b source.Batch) {
 // until waits for a condition.
 func (m *mirror) until(what string, ok func() bool) {
 	m.t.Helper()
-	deadline := time.Now().Add(60 * time.Second)
+	m.untilWithin(time.Minute, what, ok)
+}
+
+func (m *mirror) untilWithin(limit time.Duration, what string, ok func() bool) {
+	m.t.Helper()
+	deadline := time.Now().Add(limit)
 	for {
 		m.mu.Lock()
 		done, objects, problems := ok(), slices.Sorted(maps.Values(describeAll(m.objects))), m.problems

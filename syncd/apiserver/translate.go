@@ -5,6 +5,7 @@ package apiserver
 
 import (
 	"errors"
+	"fmt"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -23,6 +24,7 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 		ObjectMeta: metav1.ObjectMeta{Namespace: name.GetNamespace(), Name: name.GetName()},
 		key:        f.key(name),
 	}
+	t.uid = name.GetUID()
 	if f.kind == kindNode {
 		t.object, t.relevant = manifest.Object{Key: t.key}, true
 		return t, nil
@@ -31,7 +33,7 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 	var invalid *manifest.InvalidError
 	switch {
 	case errors.As(err, &invalid):
-		t.fault = invalid.Fields.ToAggregate().Error()
+		t.fault = summary(invalid)
 	case err != nil:
 		return nil, err
 	}
@@ -51,4 +53,17 @@ func (s *Source) relevant(o *manifest.Object) bool {
 		return len(o.EndpointSlice.Addresses) > 0
 	}
 	return true
+}
+
+// summary names the first faults of an object: there may be as many as it has
+// fields, and people and events have limits.
+func summary(invalid *manifest.InvalidError) string {
+	const enough = 5
+	more := len(invalid.Fields) - enough
+	if more <= 0 {
+		return invalid.Reason()
+	}
+	first := *invalid
+	first.Fields = first.Fields[:enough]
+	return fmt.Sprintf("%s; and %d more", first.Reason(), more)
 }

@@ -72,8 +72,8 @@ func (i *Inventory) derive() *derived {
 		pod := d.pods[key]
 		if pod.Local && pod.Audit && !i.opts.AuditPods && !audited[pod.Namespace] {
 			d.problems = append(d.problems, source.Problem{
-				Subject: podName(pod),
-				Reason:  "annotation " + manifest.AnnotationAudit + " has no effect on a Pod without --audit-pods, only on its Namespace",
+				Subject: objectKey(&pod).String(), Object: objectKey(&pod),
+				Reason: "annotation " + manifest.AnnotationAudit + " has no effect on a Pod without --audit-pods, only on its Namespace",
 			})
 		}
 		pod.Audit = pod.Audit && i.opts.AuditPods || audited[pod.Namespace]
@@ -213,8 +213,8 @@ func (d *derived) settleAddresses(attached map[policy.PodKey][]pinning.Endpoint,
 			pod := d.pods[key]
 			if local == (latest(key) > 0) && !pod.Terminating && !first.Terminating {
 				d.problems = append(d.problems, source.Problem{
-					Subject: podName(pod),
-					Reason:  fmt.Sprintf("its address %v is also that of %s", a, podName(first)),
+					Subject: objectKey(&pod).String(), Object: objectKey(&pod),
+					Reason: fmt.Sprintf("its address %v is also that of %v", a, objectKey(&first)),
 				})
 			}
 			if local || !created[key].IsZero() {

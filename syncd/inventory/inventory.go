@@ -10,7 +10,6 @@ package inventory
 
 import (
 	"cmp"
-	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -52,7 +51,7 @@ type Inventory struct {
 	pods       map[policy.PodKey]policy.Pod
 	bindings   map[pinning.AttachmentKey]policy.PodKey
 	// refused are the policies and pods the compiler did not take.
-	refused map[string]error
+	refused map[manifest.Key]error
 }
 
 // New is an empty inventory.
@@ -64,7 +63,7 @@ func New(opts Options) *Inventory {
 		namespaces: make(map[string]policy.Namespace),
 		pods:       make(map[policy.PodKey]policy.Pod),
 		bindings:   make(map[pinning.AttachmentKey]policy.PodKey),
-		refused:    make(map[string]error),
+		refused:    make(map[manifest.Key]error),
 	}
 }
 
@@ -97,24 +96,24 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 	}
 	for uid, p := range next.policies {
 		if i.policies[uid] != p {
-			i.note(policyName(p), c.SetPolicy(*p))
+			i.note(policyKey(p), c.SetPolicy(*p))
 		}
 	}
 	for uid, p := range i.policies {
 		if _, ok := next.policies[uid]; !ok {
 			c.DeletePolicy(uid)
-			delete(i.refused, policyName(p))
+			delete(i.refused, policyKey(p))
 		}
 	}
 	for key, pod := range i.pods {
 		if _, ok := next.pods[key]; !ok {
 			c.DeletePod(key)
-			delete(i.refused, podName(pod))
+			delete(i.refused, objectKey(&pod))
 		}
 	}
 	for key, pod := range next.pods {
 		if old, ok := i.pods[key]; !ok || !samePod(old, pod) {
-			i.note(podName(pod), c.SetPod(pod))
+			i.note(objectKey(&pod), c.SetPod(pod))
 		}
 	}
 	for name := range i.namespaces {
@@ -125,25 +124,27 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 	i.policies, i.namespaces, i.pods, i.bindings = next.policies, next.namespaces, next.pods, next.bindings
 
 	problems := next.problems
-	for _, subject := range slices.Sorted(maps.Keys(i.refused)) {
-		problems = append(problems, source.Problem{Subject: subject, Reason: i.refused[subject].Error()})
+	for _, key := range slices.SortedFunc(maps.Keys(i.refused), manifest.Key.Compare) {
+		problems = append(problems, source.Problem{Subject: key.String(), Object: key, Reason: i.refused[key].Error()})
 	}
 	return problems
 }
 
-func (i *Inventory) note(subject string, err error) {
+func (i *Inventory) note(key manifest.Key, err error) {
 	if err != nil {
-		i.refused[subject] = err
+		i.refused[key] = err
 	} else {
-		delete(i.refused, subject)
+		delete(i.refused, key)
 	}
 }
 
-func policyName(p *policy.Policy) string {
-	return fmt.Sprintf("%s %s/%s", p.Kind, p.Namespace, p.Name)
+func policyKey(p *policy.Policy) manifest.Key {
+	return manifest.Key{Kind: p.Kind, Namespace: p.Namespace, Name: p.Name}
 }
 
-func podName(p policy.Pod) string { return "Pod " + p.Namespace + "/" + p.Name }
+func objectKey(p *policy.Pod) manifest.Key {
+	return manifest.Key{Kind: manifest.KindPod, Namespace: p.Namespace, Name: p.Name}
+}
 
 func samePod(a, b policy.Pod) bool {
 	return a.UID == b.UID && a.Namespace == b.Namespace && a.Name == b.Name &&

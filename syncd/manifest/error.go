@@ -19,11 +19,16 @@ type InvalidError struct {
 
 // Error names the object and each field.
 func (e *InvalidError) Error() string {
+	return objectName(e.Kind, e.Namespace, e.Name) + ": " + e.Reason()
+}
+
+// Reason names each field.
+func (e *InvalidError) Reason() string {
 	faults := make([]string, len(e.Fields))
 	for i, f := range e.Fields {
 		faults[i] = f.Error()
 	}
-	return objectName(e.Kind, e.Namespace, e.Name) + ": " + strings.Join(faults, "; ")
+	return strings.Join(faults, "; ")
 }
 
 // FileError is one fault of a file.

@@ -53,7 +53,9 @@ func PolicyKinds() []string {
 type Problem struct {
 	// Subject is the file, endpoint or policy concerned.
 	Subject string `json:"subject"`
-	Reason  string `json:"reason"`
+	// Object is the one concerned, if it is one.
+	Object manifest.Key `json:"-"`
+	Reason string       `json:"reason"`
 	// Since is when it was first seen.
 	Since time.Time `json:"since"`
 }

@@ -15,10 +15,12 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -73,6 +75,7 @@ func Start(t testing.TB, in func(func() error) error) *ControlPlane {
 	client := "http://127.0.0.1:" + strconv.Itoa(c.ports[0])
 	c.etcd = c.start("etcd",
 		"--data-dir="+filepath.Join(c.dir, "etcd"), "--unsafe-no-fsync", "--log-level=error",
+		"--max-request-bytes="+strconv.Itoa(64<<20),
 		"--listen-client-urls="+client, "--advertise-client-urls="+client,
 		"--listen-peer-urls=http://127.0.0.1:"+strconv.Itoa(c.ports[1]))
 	c.StartAPIServer()
@@ -137,6 +140,26 @@ func (c *ControlPlane) Freeze() { c.api.signal(unix.SIGSTOP) }
 // Thaw undoes Freeze.
 func (c *ControlPlane) Thaw() { c.api.signal(unix.SIGCONT) }
 
+// Store puts an object where the API server keeps it, past everything that
+// would refuse it. The key is below /registry, such as
+// "networkpolicies/shop/web".
+func (c *ControlPlane) Store(key string, object []byte) {
+	c.t.Helper()
+	body, err := json.Marshal(map[string][]byte{"key": []byte("/registry/" + key), "value": object})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	client := http.Client{Transport: &http.Transport{DialContext: c.dial, DisableKeepAlives: true}}
+	r, err := client.Post("http://127.0.0.1:"+strconv.Itoa(c.ports[0])+"/v3/kv/put", "application/json", bytes.NewReader(body))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	defer r.Body.Close()
+	if r.StatusCode != http.StatusOK {
+		c.t.Fatalf("put %s: %s", key, r.Status)
+	}
+}
+
 // Config is that of a client with a token. It dials where the server is.
 func (c *ControlPlane) Config(token string) *rest.Config {
 	return &rest.Config{
@@ -144,14 +167,16 @@ func (c *ControlPlane) Config(token string) *rest.Config {
 		BearerToken:     token,
 		TLSClientConfig: rest.TLSClientConfig{CAFile: c.path("certs/apiserver.crt")},
 		QPS:             -1,
-		Dial: func(ctx context.Context, network, addr string) (conn net.Conn, err error) {
-			err = c.in(func() error {
-				conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
-				return err
-			})
-			return conn, err
-		},
+		Dial:            c.dial,
 	}
+}
+
+func (c *ControlPlane) dial(ctx context.Context, network, addr string) (conn net.Conn, err error) {
+	err = c.in(func() error {
+		conn, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+		return err
+	})
+	return conn, err
 }
 
 // Client is one that may do everything.
