@@ -454,7 +454,7 @@ func (s *State) Ready(_ context.Context) error {
 	if most := s.opened[bpf.DatapathMapEndpoints].MaxEntries(); used >= most {
 		return fmt.Errorf("%w: %d of %d endpoints", ErrFull, used, most)
 	}
-	return nil
+	return s.servicesAttached()
 }
 
 // Check compares an endpoint with what is in the kernel and returns
@@ -492,7 +492,7 @@ func (s *State) Check(_ context.Context, k AttachmentKey, want Endpoint) error {
 			return fmt.Errorf("endpoint %s: %w: address %s is not claimed by it", k, ErrDiffers, a)
 		}
 	}
-	if err := s.attached(e); err != nil {
+	if err := errors.Join(s.attached(e), s.servicesAttached()); err != nil {
 		return fmt.Errorf("endpoint %s: %w", k, err)
 	}
 	return nil

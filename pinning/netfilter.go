@@ -284,11 +284,3 @@ func (s *State) upgradeServices() (bool, error) {
 	_, err = s.attachAfterNAT(p)
 	return true, err
 }
-
-// detachAfterNAT ends the links. Nothing is left to them any more.
-func (s *State) detachAfterNAT() error {
-	if err := os.RemoveAll(s.layout.natDir()); err != nil {
-		return fmt.Errorf("unpin links: %w", err)
-	}
-	return nil
-}

@@ -251,6 +251,8 @@ type FlowEntry struct {
 	Reason      flow.Reason
 	Rule        uint32
 	Ruleset     uint32
+	// Backend that the Service at Peer was translated to, if that is judged.
+	Backend netip.AddrPort
 	// Packets and Bytes by direction.
 	Packets, Bytes [2]uint64
 }
@@ -269,6 +271,11 @@ func (s *State) Flows() iter.Seq2[FlowEntry, error] {
 			yield(FlowEntry{}, err)
 			return
 		}
+		backends, err := s.backends(all)
+		if err != nil {
+			yield(FlowEntry{}, err)
+			return
+		}
 		for k, f := range all {
 			e := FlowEntry{
 				Endpoint: k.Endpoint, Direction: policy.Direction(f.Direction),
@@ -278,11 +285,29 @@ func (s *State) Flows() iter.Seq2[FlowEntry, error] {
 				Verdict: flow.Verdict(f.Verdict), Reason: flow.Reason(f.Reason),
 				Rule: f.Rule, Ruleset: f.Ruleset, Packets: f.Packets, Bytes: f.Bytes,
 			}
+			if b, ok := backends[k]; ok && f.Translated != 0 {
+				e.Backend = netip.AddrPortFrom(unwire(b.Address), b.Port)
+			}
 			if !yield(e, nil) {
 				return
 			}
 		}
 	}
+}
+
+// backends reads what flows of Services were translated to, if there are any.
+func (s *State) backends(flows map[bpf.DatapathFlowKey]bpf.DatapathFlow) (map[bpf.DatapathFlowKey]bpf.DatapathBackend, error) {
+	for _, f := range flows {
+		if f.Translated == 0 {
+			continue
+		}
+		m, err := s.m(bpf.DatapathMapBackends)
+		if err != nil {
+			return nil, err
+		}
+		return dump[bpf.DatapathFlowKey, bpf.DatapathBackend](m)
+	}
+	return nil, nil
 }
 
 // Events opens the event ring. It has one consumer: [ErrLocked] says that

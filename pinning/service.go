@@ -224,13 +224,11 @@ func (w *serviceWriter) set(all []Service) error {
 	if changed {
 		err = w.addressesMoved()
 	}
-	if err == nil && len(w.t.frontends) == 0 {
-		err = w.setServicesMode(ServicesNone)
-	}
 	return errors.Join(append(w.problems, err)...)
 }
 
 // chooseMode says when Services are judged, before the first frontend is there.
+// It stays when the last one goes: connections outlive their Service.
 func (w *serviceWriter) chooseMode(any bool) error {
 	if !any {
 		return nil
@@ -483,11 +481,7 @@ func (s *State) sweepServices() error {
 		s.services.ids.free(id)
 		delete(s.services.choices, id)
 	}
-	// The last packets that were left to it are judged.
-	if mode, err := s.ServicesMode(); err != nil || mode != ServicesNone || len(s.services.ids.used) > 0 || s.private {
-		return err
-	}
-	return s.detachAfterNAT()
+	return nil
 }
 
 // chosen are the classes that Services refer to.

@@ -30,6 +30,8 @@ type Flow struct {
 	Reason    Reason
 	// Local is the pod's side. Ports are 0 where the protocol has none.
 	Local, Peer netip.AddrPort
+	// Frontend of a Service over which Peer was reached, if it is known.
+	Frontend netip.AddrPort
 	// EtherType of the frame without VLAN tags.
 	EtherType uint16
 	Protocol  policy.Protocol
@@ -55,7 +57,7 @@ func Decode(record []byte, c Clock) (Flow, error) {
 	if _, err := binary.Decode(record, binary.NativeEndian, &e); err != nil {
 		return Flow{}, fmt.Errorf("event: %w", err)
 	}
-	return Flow{
+	f := Flow{
 		Time:     c.boot.Add(time.Duration(e.TimeNs)),
 		Endpoint: e.Endpoint, Ifindex: e.Ifindex,
 		Direction: policy.Direction(e.Direction), Verdict: Verdict(e.Verdict), Reason: Reason(e.Reason),
@@ -64,5 +66,16 @@ func Decode(record []byte, c Clock) (Flow, error) {
 		EtherType: e.Ethertype, Protocol: policy.Protocol(e.Protocol), TCPFlags: e.TcpFlags,
 		ICMPType: e.IcmpType, ICMPCode: e.IcmpCode,
 		Rule: e.Rule, Class: e.Class, Ruleset: e.Ruleset, Length: e.Length,
-	}, nil
+	}
+	var s bpf.DatapathServiceEvent
+	if len(record) < int(unsafe.Sizeof(s)) {
+		return f, nil
+	}
+	if _, err := binary.Decode(record, binary.NativeEndian, &s); err != nil {
+		return Flow{}, fmt.Errorf("event: %w", err)
+	}
+	if s.FrontendPort != 0 {
+		f.Frontend = netip.AddrPortFrom(netip.AddrFrom16(s.Frontend.Bytes).Unmap(), s.FrontendPort)
+	}
+	return f, nil
 }

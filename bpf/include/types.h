@@ -442,7 +442,7 @@ struct state {
 
 /* When packets to a Service are judged. */
 enum services_mode {
-	SERVICES_NONE = 0,   /* there are none */
+	SERVICES_NONE = 0,   /* there never were any */
 	SERVICES_BEFORE = 1, /* before translation, on all backends */
 	SERVICES_AFTER = 2,  /* after it, on the backend, by after_nat */
 };

@@ -1,0 +1,493 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package bpf_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/podgate/podgate/bpf"
+	"github.com/podgate/podgate/bpf/flow"
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+)
+
+// TestServiceOfManyBackends: some may be reached and some not; which one it is
+// decides, each time anew.
+func TestServiceOfManyBackends(t *testing.T) {
+	everyPlaza(t, func(p *plaza) {
+		s := service(1, policy.UDP, 8053, friend, foe, buddy)
+		p.set(s)
+		for _, f := range s.Frontends {
+			answers := map[string]int{}
+			for range 30 {
+				who, err := ask(p.pods["client"], "udp", 0, f, 100*time.Millisecond)
+				if err != nil {
+					who = ""
+				}
+				answers[who]++
+			}
+			if answers["bad"] > 0 || answers["good"] == 0 || answers["good2"] == 0 || answers[""] == 0 {
+				p.t.Errorf("%s is answered by %v", f, answers)
+			}
+		}
+		// A TCP client tries again, and kube-proxy chooses again.
+		p.set(service(1, policy.TCP, 8080, friend, foe))
+		who, err := ask(p.pods["client"], "tcp", 0, netip.AddrPortFrom(vip(1, pod.v4), 80), 30*time.Second)
+		if who != "good" {
+			p.t.Errorf("after trying again %q answers, %v", who, err)
+		}
+	})
+}
+
+// TestServiceAtOtherAddresses: node ports, and addresses outside the cluster.
+func TestServiceAtOtherAddresses(t *testing.T) {
+	everyPlaza(t, func(p *plaza) {
+		for _, c := range []struct {
+			backend host
+			who     string
+		}{{friend, "good"}, {foe, ""}, {pod, "client"}} {
+			s := service(1, policy.TCP, 8080, c.backend)
+			s.Frontends = nil
+			for _, a := range []netip.Addr{node.v4, node.v6, netip.MustParseAddr("198.51.100.7"), netip.MustParseAddr("fd00:7::7")} {
+				s.Frontends = append(s.Frontends, netip.AddrPortFrom(a, 30080))
+			}
+			p.set(s)
+			for _, f := range s.Frontends {
+				p.from("a Service's other address", "tcp", f, c.who)
+			}
+			p.from("the node beside its node port", "tcp", netip.AddrPortFrom(node.v4, 8080), "node")
+		}
+		// A Service without backends is the address it is.
+		p.set(service(1, policy.TCP, 8080))
+		if who, err := ask(p.pods["client"], "tcp", 0, netip.AddrPortFrom(vip(1, pod.v4), 80), patience(false)); err == nil {
+			p.t.Errorf("a Service without backends is answered by %q", who)
+		}
+	})
+}
+
+// connection is one that the client has open.
+type connection struct {
+	net.Conn
+	to netip.AddrPort
+}
+
+func (p *plaza) open(network string, to netip.AddrPort, who string) connection {
+	p.t.Helper()
+	c, err := dial(p.pods["client"], network, to, patience(true))
+	p.must(err)
+	p.t.Cleanup(func() { _ = c.Close() })
+	if got, err := hear(c, patience(true)); got != who {
+		p.t.Fatalf("%s %s is answered by %q, %v, not by %q", network, to, got, err, who)
+	}
+	return connection{c, to}
+}
+
+// echoes sends a new word and waits for it, past the late echoes of others.
+func (c connection) echoes(wait time.Duration) error {
+	if err := c.SetDeadline(time.Now().Add(wait)); err != nil {
+		return err
+	}
+	word := []byte(rand.Text())
+	if _, err := c.Write(word); err != nil {
+		return err
+	}
+	var heard []byte
+	for b := make([]byte, 256); !bytes.Contains(heard, word); {
+		n, err := c.Read(b)
+		if err != nil {
+			return err
+		}
+		heard = append(heard, b[:n]...)
+	}
+	return nil
+}
+
+// goesOn tells whether words still come back.
+func (p *plaza) goesOn(what string, c connection, want bool) {
+	p.t.Helper()
+	if c.RemoteAddr().Network() == "udp" {
+		_, err := hear(c, patience(want))
+		p.expect(fmt.Sprintf("%s of udp to %s", what, c.to), want, err)
+		return
+	}
+	p.expect(fmt.Sprintf("%s of tcp to %s", what, c.to), want, c.echoes(patience(want)))
+}
+
+// TestServicePolicyReachesOpenConnections changes policy under connections to
+// Services, and takes the Services away.
+func TestServicePolicyReachesOpenConnections(t *testing.T) {
+	everyPlaza(t, func(p *plaza) {
+		tcp, other := service(1, policy.TCP, 8080, friend), service(2, policy.TCP, 8081, friend)
+		udp := service(3, policy.UDP, 8053, friend)
+		p.isolate(8080, 8081)
+		p.set(tcp, other, udp)
+		var ends, stays []connection
+		for i := range 2 {
+			ends = append(ends, p.open("tcp", tcp.Frontends[i], "good"))
+			stays = append(stays, p.open("tcp", other.Frontends[i], "good"), p.open("udp", udp.Frontends[i], "good"))
+		}
+		all := func(what string, list []connection, want bool) {
+			p.t.Helper()
+			for _, c := range list {
+				p.goesOn(what, c, want)
+			}
+		}
+		all("an open connection", append(ends, stays...), true)
+		p.isolate(8081)
+		all("a connection that is denied now", ends, false)
+		all("a connection that is not", stays, true)
+		p.isolate(8080, 8081)
+		all("a connection that is allowed again", ends, true)
+
+		// With no process that knows of podgate, and with another one.
+		p.must(p.state.Close())
+		all("a connection on its own", append(ends, stays...), true)
+		p.from("a new one", "tcp", tcp.Frontends[0], "good")
+		p.reopen()
+		all("a connection after a restart", append(ends, stays...), true)
+
+		// Connections outlive their Service, as far as policy lets them.
+		p.set()
+		all("a connection without a Service", append(ends, stays...), true)
+		p.isolate(8081)
+		all("a connection without a Service that is denied now", ends, false)
+		all("a connection without a Service that is not", stays, true)
+	})
+}
+
+// reopen is a daemon that finds the instance.
+func (p *plaza) reopen() {
+	p.t.Helper()
+	state, err := pinning.Ensure(p.t.Context(), pinning.Options{Layout: p.layout()})
+	p.must(err)
+	p.state = state
+	done, err := p.state.Apply(p.t.Context(), p.compiler.Snapshot())
+	p.must(errors.Join(append(done.Problems, err)...))
+	p.must(p.Do(func() error { return p.state.SetServices(p.t.Context(), p.services) }))
+}
+
+func (p *plaza) layout() pinning.Layout {
+	return pinning.Layout{BPFFS: p.BPFFS, Name: "podgate"}
+}
+
+// TestServiceRepliesStop: the server talks and the client only listens.
+func TestServiceRepliesStop(t *testing.T) {
+	p := newPlaza(t, true, false)
+	s := service(1, policy.TCP, 9000, friend)
+	p.isolate(9000)
+	p.set(s)
+	p.must(p.pods["good"].Do(func() error {
+		l, err := net.Listen("tcp", ":9000")
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { _ = l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() {
+					defer func() { _ = c.Close() }()
+					for err == nil {
+						_, err = c.Write([]byte("tick"))
+						time.Sleep(20 * time.Millisecond)
+					}
+				}()
+			}
+		}()
+		return nil
+	}))
+	for _, f := range s.Frontends {
+		p.isolate(9000)
+		c := p.open("tcp", f, "tick")
+		listen := func(want bool) {
+			t.Helper()
+			// What was on its way may still be heard.
+			deadline := time.Now().Add(patience(true))
+			b := make([]byte, 1024)
+			for {
+				p.must(c.SetReadDeadline(time.Now().Add(200 * time.Millisecond)))
+				_, err := c.Read(b)
+				if (err == nil) == want {
+					return
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("from %s it is heard: %t", f, err == nil)
+				}
+			}
+		}
+		listen(true)
+		p.isolate(1)
+		listen(false)
+	}
+}
+
+// TestServiceOtherBackendForSameTuple: conntrack forgets a connection and
+// kube-proxy chooses another backend for the same addresses and ports.
+func TestServiceOtherBackendForSameTuple(t *testing.T) {
+	everyPlaza(t, func(p *plaza) {
+		for i := range 2 {
+			p.set(service(1, policy.UDP, 8053, friend))
+			c := p.open("udp", p.services[0].Frontends[i], "good")
+			p.goesOn("a connection", c, true)
+			// Nobody tells podgate: what it knows of the flow is all right.
+			p.translate([]pinning.Service{service(1, policy.UDP, 8053, foe)})
+			p.must(p.Do(forget))
+			p.goesOn("the same with another backend", c, false)
+			p.translate([]pinning.Service{service(1, policy.UDP, 8053, buddy)})
+			p.must(p.Do(forget))
+			if who, err := hear(c, patience(true)); who != "good2" {
+				p.t.Errorf("with a third backend it is answered by %q, %v", who, err)
+			}
+		}
+	})
+}
+
+// forget empties the conntrack table.
+func forget() error { return netlink.ConntrackTableFlush(netlink.ConntrackTable) }
+
+// TestServiceWithoutTag lets another tool's program clear what from_pod leaves
+// on packets, and another one what it tells after_nat beside them, as when that
+// runs on another CPU.
+func TestServiceWithoutTag(t *testing.T) {
+	for name, program := range map[string]func(*plaza) asm.Instructions{
+		"tag cleared": func(*plaza) asm.Instructions {
+			const tcIndex = 44 // of struct __sk_buff
+			return asm.Instructions{
+				asm.Mov.Imm(asm.R2, 0), asm.StoreMem(asm.R1, tcIndex, asm.R2, asm.Word),
+				asm.Mov.Imm(asm.R0, -1), asm.Return(),
+			}
+		},
+		"another CPU": func(p *plaza) asm.Instructions {
+			m, err := ebpf.LoadPinnedMap(p.layout().MapPath(bpf.DatapathMapHandovers), nil)
+			p.must(err)
+			p.t.Cleanup(func() { _ = m.Close() })
+			return asm.Instructions{
+				asm.Mov.Imm(asm.R2, 0), asm.StoreMem(asm.RFP, -4, asm.R2, asm.Word),
+				asm.Mov.Reg(asm.R2, asm.RFP), asm.Add.Imm(asm.R2, -4),
+				asm.LoadMapPtr(asm.R1, m.FD()), asm.FnMapLookupElem.Call(),
+				asm.JEq.Imm(asm.R0, 0, "out"),
+				asm.Mov.Imm(asm.R2, 0), asm.StoreMem(asm.R0, 56, asm.R2, asm.DWord), // tick
+				asm.Mov.Imm(asm.R0, -1).WithSymbol("out"), asm.Return(),
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlaza(t, true, false)
+			other, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: program(p)})
+			p.must(err)
+			t.Cleanup(func() { _ = other.Close() })
+			p.must(p.Do(func() error {
+				for name := range p.pods {
+					l, err := netlink.LinkByName(name)
+					if err != nil {
+						return err
+					}
+					if err := netlink.FilterAdd(&netlink.BpfFilter{
+						FilterAttrs: netlink.FilterAttrs{
+							LinkIndex: l.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Priority: 2, Protocol: unix.ETH_P_ALL,
+						},
+						Fd: other.FD(), Name: "other", DirectAction: true,
+					}); err != nil {
+						return err
+					}
+				}
+				return nil
+			}))
+			allowed, denied := service(1, policy.TCP, 8080, friend), service(2, policy.TCP, 8080, foe)
+			outside := service(3, policy.TCP, 8080, buddy)
+			p.set(allowed, denied, outside)
+			for i := range 2 {
+				p.from("a Service", "tcp", allowed.Frontends[i], "good")
+				p.from("a Service", "tcp", denied.Frontends[i], "")
+				p.from("a pod", "tcp", allowed.Backends[i], "good")
+				p.from("a pod", "tcp", denied.Backends[i], "")
+				// Answers of a backend, to who reached it through a Service.
+				if who, err := ask(p.far, "tcp", 0, outside.Frontends[i], patience(true)); who != "good2" {
+					t.Errorf("from outside %s is answered by %q, %v", outside.Frontends[i], who, err)
+				}
+				c := p.open("tcp", allowed.Frontends[i], "good")
+				p.goesOn("a connection", c, true)
+			}
+			// Pods that nothing isolates.
+			if who, err := ask(p.pods["bad"], "tcp", 0, denied.Frontends[0], patience(true)); who != "bad" {
+				t.Errorf("a pod that nothing isolates is answered by %q, %v", who, err)
+			}
+		})
+	}
+}
+
+// links are the netfilter links and what they run.
+func (p *plaza) links() map[string][2]uint32 {
+	p.t.Helper()
+	paths, err := filepath.Glob(filepath.Join(p.layout().LinksDir(), "netfilter", "*"))
+	p.must(err)
+	out := map[string][2]uint32{}
+	for _, path := range paths {
+		l, err := link.LoadPinnedLink(path, nil)
+		p.must(err)
+		info, err := l.Info()
+		p.must(errors.Join(err, l.Close()))
+		out[filepath.Base(path)] = [2]uint32{uint32(info.ID), uint32(info.Program)}
+	}
+	return out
+}
+
+// TestAfterNATStays restarts, repairs and upgrades under traffic that is
+// denied, of which nothing may get through.
+func TestAfterNATStays(t *testing.T) {
+	p := newPlaza(t, false, false)
+	allowed, denied := service(1, policy.UDP, 8053, friend), service(2, policy.UDP, 8053, foe)
+	p.set(allowed, denied)
+	before := p.links()
+	if len(before) != 4 {
+		t.Fatalf("links are %v", before)
+	}
+	through := make(chan string, 1)
+	p.flood(denied.Frontends[0], through)
+
+	p.reopen()
+	if after := p.links(); !maps.Equal(after, before) {
+		t.Errorf("a restart made of the links %v %v", before, after)
+	}
+	// Another version's program: any other one.
+	path := p.layout().ProgramPath(bpf.ServiceProgAfterNat)
+	for range 20 {
+		old, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+			Type: ebpf.Netfilter, AttachType: ebpf.AttachNetfilter, License: "GPL",
+			Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
+		})
+		p.must(err)
+		p.must(errors.Join(os.Remove(path), old.Pin(path), old.Close()))
+		p.must(p.state.Close())
+		p.state, err = pinning.Ensure(t.Context(), pinning.Options{Layout: p.layout()})
+		p.must(err)
+		p.must(p.Do(func() error {
+			upgraded, err := p.state.Upgrade(t.Context())
+			if err == nil && !upgraded {
+				err = errors.New("it is not upgraded")
+			}
+			return err
+		}))
+	}
+	after := p.links()
+	for name, l := range after {
+		if l == before[name] {
+			t.Errorf("%s still runs program %d", name, l[1])
+		}
+	}
+	p.from("an allowed backend", "udp", allowed.Frontends[0], "good")
+	select {
+	case who := <-through:
+		t.Fatalf("%q answers meanwhile", who)
+	default:
+	}
+
+	// Somebody removes a link, and the daemon notices.
+	p.must(os.Remove(filepath.Join(p.layout().LinksDir(), "netfilter", "forward_ipv4")))
+	if err := p.state.Ready(t.Context()); !errors.Is(err, pinning.ErrDiffers) {
+		t.Errorf("without a link it is ready: %v", err)
+	}
+	p.must(p.Do(func() error {
+		done, err := p.state.Repair(t.Context())
+		if len(done) != 1 {
+			t.Errorf("repaired is %v", done)
+		}
+		return err
+	}))
+	p.must(p.state.Ready(t.Context()))
+	p.from("another backend", "udp", denied.Frontends[0], "")
+}
+
+// flood asks the same all the time, each time from another port.
+func (p *plaza) flood(to netip.AddrPort, through chan<- string) {
+	done, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				if who, err := ask(p.pods["client"], "udp", 0, to, 2*time.Millisecond); err == nil {
+					select {
+					case through <- who:
+					default:
+					}
+				}
+			}
+		}
+	}()
+	p.t.Cleanup(func() {
+		close(done)
+		<-stopped
+	})
+}
+
+// TestServiceEvents: an event names the backend and the way to it, once a flow.
+func TestServiceEvents(t *testing.T) {
+	p := newPlaza(t, true, false)
+	allowed, denied := service(1, policy.TCP, 8080, friend), service(2, policy.TCP, 8080, foe)
+	p.set(allowed, denied)
+	events, err := p.state.Events(t.Context())
+	p.must(err)
+	t.Cleanup(func() { p.must(events.Close()) })
+	c := p.open("tcp", allowed.Frontends[0], "good")
+	for range 10 {
+		p.goesOn("a connection", c, true)
+	}
+	p.from("a Service", "tcp", denied.Frontends[1], "")
+	told := map[string]int{}
+	for {
+		f, err := readEvent(events)
+		if err != nil {
+			break
+		}
+		if f.Direction == policy.Egress && f.Protocol == policy.TCP && f.Frontend.IsValid() {
+			told[fmt.Sprintf("%s %s %s over %s", f.Verdict, f.Reason, f.Peer, f.Frontend)]++
+		}
+	}
+	good := fmt.Sprintf("allowed policy %s over %s", allowed.Backends[0], allowed.Frontends[0])
+	bad := fmt.Sprintf("denied default %s over %s", denied.Backends[1], denied.Frontends[1])
+	if told[good] != 1 || told[bad] == 0 || len(told) != 2 {
+		t.Errorf("told is %v, not %q and %q", told, good, bad)
+	}
+	found := false
+	for f, err := range p.state.Flows() {
+		p.must(err)
+		if f.Peer == allowed.Frontends[0] && f.Backend == allowed.Backends[0] && f.State.String() == "established" {
+			found = true
+		}
+	}
+	if !found {
+		t.Error("the flow is not told with its backend")
+	}
+}
+
+func readEvent(r *flow.Reader) (flow.Flow, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	return r.Read(ctx)
+}
