@@ -300,6 +300,19 @@ type DatapathJoinKey struct {
 	Block uint32
 }
 
+type DatapathNeighbour struct {
+	_        structs.HostLayout
+	Identity uint64
+	Expires  uint64
+}
+
+type DatapathNeighbourKey struct {
+	_        structs.HostLayout
+	Address  DatapathAddress
+	Endpoint uint32
+	Reserved uint32
+}
+
 type DatapathPeer struct {
 	_     structs.HostLayout
 	Class uint32
@@ -541,6 +554,7 @@ const (
 	DatapathMapHandovers          = "handovers"
 	DatapathMapJoins              = "joins"
 	DatapathMapLostEvents         = "lost_events"
+	DatapathMapNeighbours         = "neighbours"
 	DatapathMapPeers              = "peers"
 	DatapathMapPods               = "pods"
 	DatapathMapPolicyInfo         = "policy_info"
@@ -558,6 +572,7 @@ const (
 	DatapathVarFragmentTimeout    = "fragment_timeout"
 	DatapathVarGateMask           = "gate_mask"
 	DatapathVarJiffiesPerSecond   = "jiffies_per_second"
+	DatapathVarNeighbourTimeout   = "neighbour_timeout"
 	DatapathVarUnusedAction       = "unused_action"
 	DatapathVarUnusedDirection    = "unused_direction"
 	DatapathVarUnusedEvent        = "unused_event"
@@ -639,6 +654,7 @@ type DatapathMapSpecs struct {
 	Handovers        *ebpf.MapSpec `ebpf:"handovers"`
 	Joins            *ebpf.MapSpec `ebpf:"joins"`
 	LostEvents       *ebpf.MapSpec `ebpf:"lost_events"`
+	Neighbours       *ebpf.MapSpec `ebpf:"neighbours"`
 	Peers            *ebpf.MapSpec `ebpf:"peers"`
 	Pods             *ebpf.MapSpec `ebpf:"pods"`
 	PolicyInfo       *ebpf.MapSpec `ebpf:"policy_info"`
@@ -660,6 +676,7 @@ type DatapathVariableSpecs struct {
 	FragmentTimeout    *ebpf.VariableSpec `ebpf:"fragment_timeout"`
 	GateMask           *ebpf.VariableSpec `ebpf:"gate_mask"`
 	JiffiesPerSecond   *ebpf.VariableSpec `ebpf:"jiffies_per_second"`
+	NeighbourTimeout   *ebpf.VariableSpec `ebpf:"neighbour_timeout"`
 	UnusedAction       *ebpf.VariableSpec `ebpf:"unused_action"`
 	UnusedDirection    *ebpf.VariableSpec `ebpf:"unused_direction"`
 	UnusedEvent        *ebpf.VariableSpec `ebpf:"unused_event"`
@@ -711,6 +728,7 @@ type DatapathMaps struct {
 	Handovers        *ebpf.Map `ebpf:"handovers"`
 	Joins            *ebpf.Map `ebpf:"joins"`
 	LostEvents       *ebpf.Map `ebpf:"lost_events"`
+	Neighbours       *ebpf.Map `ebpf:"neighbours"`
 	Peers            *ebpf.Map `ebpf:"peers"`
 	Pods             *ebpf.Map `ebpf:"pods"`
 	PolicyInfo       *ebpf.Map `ebpf:"policy_info"`
@@ -742,6 +760,7 @@ func (m *DatapathMaps) Close() error {
 		m.Handovers,
 		m.Joins,
 		m.LostEvents,
+		m.Neighbours,
 		m.Peers,
 		m.Pods,
 		m.PolicyInfo,
@@ -764,6 +783,7 @@ type DatapathVariables struct {
 	FragmentTimeout    *ebpf.Variable `ebpf:"fragment_timeout"`
 	GateMask           *ebpf.Variable `ebpf:"gate_mask"`
 	JiffiesPerSecond   *ebpf.Variable `ebpf:"jiffies_per_second"`
+	NeighbourTimeout   *ebpf.Variable `ebpf:"neighbour_timeout"`
 	UnusedAction       *ebpf.Variable `ebpf:"unused_action"`
 	UnusedDirection    *ebpf.Variable `ebpf:"unused_direction"`
 	UnusedEvent        *ebpf.Variable `ebpf:"unused_event"`

@@ -56,6 +56,13 @@ __noinline int unusual(struct __sk_buff *skb, __u32 where)
 		reason = check_neighbour(skb, gate, &s->packet, where);
 		if (reason)
 			return refuse_for(skb, reason, where);
+		if (dir == DIRECTION_INGRESS)
+			meet_neighbour(skb, gate->endpoint);
+		else if (ruleset != RULESET_OPEN && !confined(skb, where))
+			return s->packet.ethertype == ETH_P_ARP ?
+				       refuse_for(skb, REASON_MALFORMED,
+						  where) :
+				       judge_stateless(skb, where);
 		break;
 	case SHAPE_ALIEN:
 		if (ruleset == RULESET_OPEN)

@@ -32,6 +32,7 @@ const (
 	ServiceMapHandovers        = "handovers"
 	ServiceMapJoins            = "joins"
 	ServiceMapLostEvents       = "lost_events"
+	ServiceMapNeighbours       = "neighbours"
 	ServiceMapPeers            = "peers"
 	ServiceMapPods             = "pods"
 	ServiceMapPolicyInfo       = "policy_info"
@@ -48,6 +49,7 @@ const (
 	ServiceVarFragmentTimeout  = "fragment_timeout"
 	ServiceVarGateMask         = "gate_mask"
 	ServiceVarJiffiesPerSecond = "jiffies_per_second"
+	ServiceVarNeighbourTimeout = "neighbour_timeout"
 )
 
 // LoadService returns the embedded CollectionSpec for Service.
@@ -115,6 +117,7 @@ type ServiceMapSpecs struct {
 	Handovers        *ebpf.MapSpec `ebpf:"handovers"`
 	Joins            *ebpf.MapSpec `ebpf:"joins"`
 	LostEvents       *ebpf.MapSpec `ebpf:"lost_events"`
+	Neighbours       *ebpf.MapSpec `ebpf:"neighbours"`
 	Peers            *ebpf.MapSpec `ebpf:"peers"`
 	Pods             *ebpf.MapSpec `ebpf:"pods"`
 	PolicyInfo       *ebpf.MapSpec `ebpf:"policy_info"`
@@ -136,6 +139,7 @@ type ServiceVariableSpecs struct {
 	FragmentTimeout  *ebpf.VariableSpec `ebpf:"fragment_timeout"`
 	GateMask         *ebpf.VariableSpec `ebpf:"gate_mask"`
 	JiffiesPerSecond *ebpf.VariableSpec `ebpf:"jiffies_per_second"`
+	NeighbourTimeout *ebpf.VariableSpec `ebpf:"neighbour_timeout"`
 }
 
 // ServiceObjects contains all objects after they have been loaded into the kernel.
@@ -174,6 +178,7 @@ type ServiceMaps struct {
 	Handovers        *ebpf.Map `ebpf:"handovers"`
 	Joins            *ebpf.Map `ebpf:"joins"`
 	LostEvents       *ebpf.Map `ebpf:"lost_events"`
+	Neighbours       *ebpf.Map `ebpf:"neighbours"`
 	Peers            *ebpf.Map `ebpf:"peers"`
 	Pods             *ebpf.Map `ebpf:"pods"`
 	PolicyInfo       *ebpf.Map `ebpf:"policy_info"`
@@ -205,6 +210,7 @@ func (m *ServiceMaps) Close() error {
 		m.Handovers,
 		m.Joins,
 		m.LostEvents,
+		m.Neighbours,
 		m.Peers,
 		m.Pods,
 		m.PolicyInfo,
@@ -227,6 +233,7 @@ type ServiceVariables struct {
 	FragmentTimeout  *ebpf.Variable `ebpf:"fragment_timeout"`
 	GateMask         *ebpf.Variable `ebpf:"gate_mask"`
 	JiffiesPerSecond *ebpf.Variable `ebpf:"jiffies_per_second"`
+	NeighbourTimeout *ebpf.Variable `ebpf:"neighbour_timeout"`
 }
 
 // ServicePrograms contains all programs after they have been loaded into the kernel.

@@ -199,71 +199,6 @@ func fragmentShapes() []shape {
 	}
 }
 
-func neighbourShapes() []shape {
-	none := host{v4: netip.IPv4Unspecified(), v6: netip.IPv6Unspecified(), mac: pod.mac}
-	from := func(p path, v6 netip.Addr) path {
-		p.from.v6 = v6
-		return p
-	}
-	send := func(kind byte, target netip.Addr, option byte, mac [6]byte) func(path) []byte {
-		return func(p path) []byte { return p.hop6(icmp58, 255, nd(kind, target, option, mac)) }
-	}
-	arpOf := func(operation byte, sender host) func(path) []byte {
-		return func(p path) []byte { return p.ether(etherARP, arp(operation, sender, p.to)) }
-	}
-	return []shape{
-		{"ARP of the pod", friend, arpOf(1, pod), []string{"pass"}},
-		{"ARP reply of the pod", friend, arpOf(2, pod), []string{"pass"}},
-		{"ARP probe", friend, arpOf(1, host{mac: pod.mac, v4: none.v4}), []string{"pass"}},
-		{"ARP for another address", friend, arpOf(2, host{mac: pod.mac, v4: friend.v4}), []string{"pass", "drop spoofed-neighbour"}},
-		{"ARP with another MAC", friend, arpOf(2, host{mac: foe.mac, v4: pod.v4}), []string{"pass", "drop spoofed-neighbour"}},
-		{"ARP of other hardware", friend, changed(arpOf(2, pod), 14, 0, 6), []string{"pass", "drop spoofed-neighbour"}},
-		{"ARP with long addresses", friend, changed(arpOf(2, pod), 18, 8), []string{"pass", "drop spoofed-neighbour"}},
-
-		{"solicitation", friend, send(nsType, friend.v6, 1, pod.mac), []string{"pass"}},
-		{"solicitation, another MAC", friend, send(nsType, friend.v6, 1, foe.mac), []string{"pass", "drop spoofed-neighbour"}},
-		{"solicitation from nowhere", friend, func(p path) []byte {
-			return from(p, none.v6).hop6(icmp58, 255, nd(nsType, pod.v6, 14, [6]byte{}))
-		}, []string{"pass"}},
-		{"solicitation of another", friend, func(p path) []byte {
-			return from(p, foe.v6).hop6(icmp58, 255, nd(nsType, friend.v6, 1, pod.mac))
-		}, []string{"pass", "drop spoofed-address"}},
-		{"advertisement", friend, send(naType, pod.v6, 2, pod.mac), []string{"pass"}},
-		{"advertisement, link-local", friend, func(p path) []byte {
-			return from(p, linkLocal).hop6(icmp58, 255, nd(naType, linkLocal, 2, pod.mac))
-		}, []string{"pass"}},
-		{"advertisement of another", friend, send(naType, friend.v6, 2, pod.mac), []string{"pass", "drop spoofed-neighbour"}},
-		{"advertisement, another MAC", friend, send(naType, pod.v6, 2, foe.mac), []string{"pass", "drop spoofed-neighbour"}},
-		{"advertisement, second option lies", friend, func(p path) []byte {
-			return p.hop6(icmp58, 255, slices.Concat(nd(naType, pod.v6, 2, pod.mac), []byte{2, 1}, foe.mac[:]))
-		}, []string{"pass", "drop spoofed-neighbour"}},
-		{"option of no length", friend, func(p path) []byte {
-			return p.hop6(icmp58, 255, append(nd(nsType, friend.v6, 1, pod.mac), 5, 0, 0, 0, 0, 0, 0, 0))
-		}, []string{"pass", "drop malformed"}},
-		{"advertisement without a target", friend, func(p path) []byte {
-			return p.hop6(icmp58, 255, nd(naType, pod.v6, 2, pod.mac)[:16])
-		}, []string{"pass", "drop malformed"}},
-		{"routed solicitation", friend, func(p path) []byte { return p.hop6(icmp58, 254, nd(nsType, friend.v6, 1, pod.mac)) }, []string{"drop malformed"}},
-		{"fragmented solicitation", friend, func(p path) []byte {
-			return p.hop6(fragmented, 255, fragment6(icmp58, 6, 0, true, nd(nsType, friend.v6, 1, pod.mac)))
-		}, []string{"drop fragment"}},
-		{"router solicitation", friend, func(p path) []byte { return p.hop6(icmp58, 255, icmp(rsType, 0, 0)) }, []string{"pass"}},
-		{"router advertisement", friend, func(p path) []byte { return p.hop6(icmp58, 255, icmp(raType, 0, 0, make([]byte, 8)...)) },
-			[]string{"pass", "drop spoofed-neighbour"}},
-		{"redirect", friend, func(p path) []byte { return p.hop6(icmp58, 255, icmp(redirect, 0, 0, make([]byte, 32)...)) },
-			[]string{"pass", "drop spoofed-neighbour"}},
-		{"listener report", friend, func(p path) []byte {
-			return p.hop6(hopByHop, 1, extension(icmp58, []byte{5, 2}, icmp(mldReport, 0, 0, make([]byte, 16)...)))
-		}, []string{"pass"}},
-		{"listener report, version 2", friend, func(p path) []byte {
-			return p.hop6(hopByHop, 1, extension(icmp58, []byte{5, 2}, icmp(mld2, 0, 0)))
-		}, []string{"pass"}},
-		{"routed listener report", friend, func(p path) []byte {
-			return p.hop6(hopByHop, 64, extension(icmp58, []byte{5, 2}, icmp(mld2, 0, 0)))
-		}, []string{"drop malformed"}},
-	}
-}
-
 func addressShapes() []shape {
 	as := func(change func(*path), build func(path) []byte) func(path) []byte {
 		return func(p path) []byte {
@@ -328,6 +263,7 @@ func (l *lab) clear() {
 	l.t.Helper()
 	l.empty(bpf.DatapathMapFlows)
 	l.empty(bpf.DatapathMapFragments)
+	l.empty(bpf.DatapathMapNeighbours)
 }
 
 func (l *lab) empty(name string) {

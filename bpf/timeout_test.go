@@ -113,6 +113,7 @@ func (l *lab) withTimeouts(of func(bpf.DatapathFlowKind, bpf.DatapathFlowState) 
 		bpf.DatapathVarGateMask:         replace[bpf.DatapathMapGates].MaxEntries() - 1,
 		bpf.DatapathVarFlowTimeouts:     timeouts,
 		bpf.DatapathVarFragmentTimeout:  uint64(2),
+		bpf.DatapathVarNeighbourTimeout: uint64(2),
 		bpf.DatapathVarJiffiesPerSecond: uint64(100),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {

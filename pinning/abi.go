@@ -47,6 +47,7 @@ func shapes() map[string]shape {
 		bpf.DatapathMapBackends:         shapeOf[bpf.DatapathFlowKey, bpf.DatapathBackend](),
 		bpf.DatapathMapHandovers:        shapeOf[uint32, bpf.DatapathHandover](),
 		bpf.DatapathMapFragments:        shapeOf[bpf.DatapathFragmentKey, bpf.DatapathFragment](),
+		bpf.DatapathMapNeighbours:       shapeOf[bpf.DatapathNeighbourKey, bpf.DatapathNeighbour](),
 		bpf.DatapathMapEvents:           {},
 		bpf.DatapathMapEndpointCounters: shapeOf[uint32, bpf.DatapathEndpointCounters](),
 		bpf.DatapathMapRuleCounters:     shapeOf[uint32, bpf.DatapathCounter](),

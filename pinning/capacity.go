@@ -76,6 +76,10 @@ func (c Capacity) gateSlots() uint32 {
 // addressesPerEndpoint bounds addresses of endpoints on average.
 const addressesPerEndpoint = 8
 
+// neighboursPerEndpoint bounds who endpoints have met on their links on
+// average; the least recently met make room.
+const neighboursPerEndpoint = 32
+
 func (c Capacity) apply(spec *ebpf.CollectionSpec) {
 	for name, n := range map[string]uint32{
 		bpf.DatapathMapGates:            c.gateSlots(),
@@ -97,6 +101,7 @@ func (c Capacity) apply(spec *ebpf.CollectionSpec) {
 		bpf.DatapathMapFrontends:        c.Services,
 		bpf.DatapathMapServices:         c.Services * 2, // the next one of each is there before the last one goes
 		bpf.DatapathMapFragments:        c.Fragments,
+		bpf.DatapathMapNeighbours:       c.Endpoints * neighboursPerEndpoint,
 		bpf.DatapathMapEvents:           c.EventBytes,
 	} {
 		spec.Maps[name].MaxEntries = n

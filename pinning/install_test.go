@@ -101,7 +101,7 @@ func TestEnsureAdopts(t *testing.T) {
 
 var wantPins = []string{
 	"backends", "blocks", "cells", "claims", "classes", "drop_counters", "endpoint_counters", "endpoints", "events", "flows",
-	"fragments", "frontends", "gates", "handovers", "joins", "lost_events", "peers", "pods", "policy_info", "rule_counters", "rule_info",
+	"fragments", "frontends", "gates", "handovers", "joins", "lost_events", "neighbours", "peers", "pods", "policy_info", "rule_counters", "rule_info",
 	"ruleset_policies", "rulesets", "services", "sources", "state", "from_pod", "to_pod",
 }
 

@@ -239,6 +239,7 @@ func setConstants(spec *ebpf.CollectionSpec, slots uint32) error {
 		bpf.DatapathVarGateMask:         slots - 1,
 		bpf.DatapathVarJiffiesPerSecond: hz,
 		bpf.DatapathVarFragmentTimeout:  hz * 60,
+		bpf.DatapathVarNeighbourTimeout: hz * 5 * 24 * 60 * 60,
 		bpf.DatapathVarFlowTimeouts:     flowTimeouts(hz),
 	} {
 		if err := spec.Variables[name].Set(value); err != nil {

@@ -16,8 +16,8 @@ import (
 // MapUsage is how full a map is.
 type MapUsage struct {
 	Name string `json:"name"`
-	// Used entries; -1 for arrays and rings. Where the kernel makes room, those
-	// that have not expired: the others stay until it needs theirs.
+	// Used entries; -1 for arrays, rings and caches. Where entries expire, those
+	// that have not: the others stay until the kernel needs their room.
 	Used  int    `json:"used"`
 	Max   uint32 `json:"max"`
 	Bytes uint64 `json:"bytes"`
@@ -76,16 +76,22 @@ func (s *State) Usage() ([]MapUsage, error) {
 	return out, nil
 }
 
-// alive counts entries that have not expired.
+// alive counts entries that have not expired; -1 where they do not expire.
 func alive(name string, m *ebpf.Map) (int, error) {
 	now, err := jiffies()
 	if err != nil {
 		return 0, err
 	}
-	if name == bpf.DatapathMapFlows {
+	switch name {
+	case bpf.DatapathMapFlows:
 		return countIf[bpf.DatapathFlowKey](m, func(f *bpf.DatapathFlow) bool { return int64(now-f.Expires) <= 0 })
+	case bpf.DatapathMapFragments:
+		return countIf[bpf.DatapathFragmentKey](m, func(f *bpf.DatapathFragment) bool { return int64(now-f.Expires) <= 0 })
+	case bpf.DatapathMapNeighbours:
+		return countIf[bpf.DatapathNeighbourKey](m, func(n *bpf.DatapathNeighbour) bool { return int64(now-n.Expires) <= 0 })
+	default:
+		return -1, nil
 	}
-	return countIf[bpf.DatapathFragmentKey](m, func(f *bpf.DatapathFragment) bool { return int64(now-f.Expires) <= 0 })
 }
 
 // jiffies is the clock that entries expire by, which only programs can read.

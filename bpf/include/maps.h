@@ -193,6 +193,14 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps");
 
+/* Written and read by the datapath, for neighbour discovery. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 8192);
+	__type(key, struct neighbour_key);
+	__type(value, struct neighbour);
+} neighbours SEC(".maps");
+
 /* Written by the datapath; read by the one consumer. */
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);

@@ -379,6 +379,18 @@ struct fragment {
 	__u8 reserved[3];
 };
 
+struct neighbour_key {
+	struct address address;
+	__u32 endpoint;
+	__u32 reserved;
+};
+
+/* It has spoken to the endpoint from the same link (RFC 4861). */
+struct neighbour {
+	__u64 identity; /* of the key */
+	__u64 expires;  /* jiffies */
+};
+
 enum event_type {
 	EVENT_FLOW = 1, /* first packet of a flow */
 	EVENT_DROP = 2,

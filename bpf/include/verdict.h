@@ -10,6 +10,7 @@
 #include "fragment.h"
 #include "gate.h"
 #include "judge.h"
+#include "neighbour.h"
 #include "spoof.h"
 
 /* Sent by the node itself: it came in through no interface. */
