@@ -54,8 +54,8 @@ All that is in that file stays as it is. Everything done is recorded, so that
 "podgate uninstall" leaves the node as it was. Done again it upgrades, or
 completes what was interrupted.
 
-Containers that run stay as they are, without a gate, until they are started
-again.`,
+Containers that run stay as they are, without a gate, until "podgate adopt"
+gates them or they are started again.`,
 		Example: `  podgate install
   podgate install --bin-dir /usr/lib/cni --options '{"mode": "open"}'
   podgate install --conflist /etc/cni/net.d/nerdctl-bridge.conflist --dry-run`,

@@ -6,10 +6,12 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -20,6 +22,8 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"golang.org/x/sys/unix"
 
+	"github.com/podgate/podgate/install"
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -86,45 +90,44 @@ func (r *runtime) pod(name string) (*netlab.Pod, string) {
 	return p, result.IPs[0].Address.IP.String()
 }
 
-// conversation is an open connection, whose other side answers each line.
-func (r *runtime) conversation(from, to *netlab.Pod, address string) (say func() error) {
+// conversation is an open connection between two pods.
+type conversation struct{ opener, other net.Conn }
+
+func (r *runtime) conversation(from, to *netlab.Pod, address string) conversation {
 	r.t.Helper()
 	var listener net.Listener
 	must(r.t, to.Do(func() (err error) {
 		listener, err = net.Listen("tcp", net.JoinHostPort(address, "0"))
 		return err
 	}))
-	go func() {
-		c, err := listener.Accept()
-		if err != nil {
-			return
-		}
-		defer c.Close()
-		for s := bufio.NewScanner(c); s.Scan(); {
-			if _, err := fmt.Fprintln(c, s.Text()); err != nil {
-				return
-			}
-		}
-	}()
-	var c net.Conn
+	var c conversation
 	must(r.t, from.Do(func() (err error) {
-		c, err = net.DialTimeout("tcp", listener.Addr().String(), 5*time.Second)
+		c.opener, err = net.DialTimeout("tcp", listener.Addr().String(), 5*time.Second)
 		return err
 	}))
-	r.t.Cleanup(func() { c.Close(); listener.Close() })
-	answers := bufio.NewScanner(c)
-	return func() error {
-		if err := c.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+	var err error
+	c.other, err = listener.Accept()
+	must(r.t, err)
+	r.t.Cleanup(func() { c.opener.Close(); c.other.Close(); listener.Close() })
+	return c
+}
+
+// say sends a line each way; the first speaker need not be who opened.
+func (c conversation) say(first, second net.Conn) error {
+	for _, way := range [][2]net.Conn{{first, second}, {second, first}} {
+		deadline := time.Now().Add(2 * time.Second)
+		if err := errors.Join(way[0].SetDeadline(deadline), way[1].SetDeadline(deadline)); err != nil {
 			return err
 		}
-		if _, err := fmt.Fprintln(c, "hello"); err != nil {
+		if _, err := fmt.Fprintln(way[0], "hello"); err != nil {
 			return err
 		}
-		if !answers.Scan() || answers.Text() != "hello" {
-			return fmt.Errorf("answer %q: %w", answers.Text(), answers.Err())
+		line := make([]byte, len("hello\n"))
+		if _, err := io.ReadFull(way[1], line); err != nil {
+			return err
 		}
-		return nil
 	}
+	return nil
 }
 
 // From nothing to gated pods and back, with a connection open all the time.
@@ -140,8 +143,8 @@ func TestInstallAndUninstall(t *testing.T) {
 
 	server, address := r.pod("server")
 	client, _ := r.pod("client")
-	say := r.conversation(client, server, address)
-	must(t, say())
+	open := r.conversation(client, server, address)
+	must(t, open.say(open.opener, open.other))
 	if got := states(r.status()); got["default/server"] != "open" || got["default/client"] != "open" {
 		t.Errorf("endpoints are %v", got)
 	}
@@ -160,7 +163,7 @@ func TestInstallAndUninstall(t *testing.T) {
 		}
 		at += next
 	}
-	must(t, say())
+	must(t, open.say(open.other, open.opener))
 	for _, path := range []string{
 		filepath.Join(r.node.BPFFS, "podgate"), filepath.Join(r.node.Plugins, "podgate-cni"), filepath.Join(r.node.Dir, "state"), r.runDir,
 	} {
@@ -227,5 +230,73 @@ func TestInstallAgain(t *testing.T) {
 	r.ok(0, append([]string{"uninstall", "--settle", "0s"}, r.flags...)...)
 	if list, err := os.ReadFile(r.conf); err != nil || string(list) != string(before) {
 		t.Errorf("in the end the list is %s (%v)", list, err)
+	}
+}
+
+// Pods of before podgate are gated as they run. Of their connections those go on
+// that policy allows, whoever speaks first.
+func TestAdopt(t *testing.T) {
+	r := newRuntime(t)
+	server, address := r.pod("server")
+	friend, _ := r.pod("friend")
+	stranger, _ := r.pod("stranger")
+	friendly, strange := r.conversation(friend, server, address), r.conversation(stranger, server, address)
+
+	r.ok(0, append([]string{"install", "--from", filepath.Join(r.node.Dir, "source")}, r.flags...)...)
+	for _, name := range []string{"server", "friend", "stranger"} {
+		r.write(name+".yaml", fmt.Sprintf(`{"apiVersion": "v1", "kind": "Pod", "metadata":
+			{"name": %q, "namespace": "default", "uid": %q, "labels": {"app": %q}}, "spec": {"nodeName": "n1"}}`, name, name, name))
+	}
+	// The server may be spoken to by its friend, and may not speak to anybody.
+	r.write("policy.yaml", `{"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "p", "namespace": "default"},
+		"spec": {"podSelector": {"matchLabels": {"app": "server"}}, "policyTypes": ["Ingress", "Egress"],
+			"ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "friend"}}}]}]}}`)
+	daemon := r.sync()
+	r.until("applied", func() bool { return strings.Contains(daemon.logged(), "applied") })
+
+	args := []string{
+		"adopt", "--conf-dir", filepath.Dir(r.conf), "--bin-dir", r.node.Plugins, "--cni-cache-dir", filepath.Join(r.node.Dir, "cni-cache"),
+	}
+	var dry, adopted []install.Adopted
+	r.json(0, &dry, append(args, "--dry-run")...)
+	if len(dry) != 3 || len(r.status().Endpoints) != 0 {
+		t.Errorf("dry run says %v", dry)
+	}
+	r.json(0, &adopted, args...)
+	connections := map[string]int{}
+	for _, a := range adopted {
+		connections[a.Pod] = a.Connections
+	}
+	if want := map[string]int{"default/server": 2, "default/friend": 1, "default/stranger": 1}; !maps.Equal(connections, want) {
+		t.Errorf("adopted are %v, want %v", adopted, want)
+	}
+	if got := states(r.status()); got["default/server"] != "enforcing" || got["default/friend"] != "open" {
+		t.Errorf("endpoints are %v", got)
+	}
+	must(t, friendly.say(friendly.other, friendly.opener))
+	if err := strange.say(strange.other, strange.opener); err == nil {
+		t.Error("the stranger's connection goes on")
+	}
+	if out := r.ok(0, args...); !strings.Contains(out, "no container is without a gate") {
+		t.Errorf("adopted again:\n%s", out)
+	}
+}
+
+// What ended without a DEL is passed over, and what cannot be gated is named.
+func TestAdoptWhatCannotBe(t *testing.T) {
+	need.Tools(t, "ip")
+	r := newRuntime(t)
+	ended, _ := r.pod("ended")
+	broken, _ := r.pod("broken")
+	must(t, ended.Close())
+	if _, err := broken.Exec(t.Context(), "ip", "link", "del", "eth0"); err != nil {
+		t.Fatal(err)
+	}
+	r.ok(0, append([]string{"install", "--from", filepath.Join(r.node.Dir, "source")}, r.flags...)...)
+	var adopted []install.Adopted
+	r.json(2, &adopted, "adopt", "--conf-dir", filepath.Dir(r.conf), "--bin-dir", r.node.Plugins,
+		"--cni-cache-dir", filepath.Join(r.node.Dir, "cni-cache"))
+	if len(adopted) != 1 || adopted[0].Pod != "default/broken" || !strings.Contains(adopted[0].Error, "no such interface in the pod: eth0") {
+		t.Errorf("adopted are %+v", adopted)
 	}
 }

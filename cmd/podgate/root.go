@@ -68,7 +68,7 @@ Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 
 	root.AddCommand(
 		a.syncCommand(), a.initCommand(), a.statusCommand(), a.policyCommand(), a.flowsCommand(),
-		a.explainCommand(), a.matrixCommand(), a.repairCommand(), a.gcCommand(), a.installCommand(), a.uninstallCommand(), a.versionCommand(),
+		a.explainCommand(), a.matrixCommand(), a.repairCommand(), a.gcCommand(), a.installCommand(), a.adoptCommand(), a.uninstallCommand(), a.versionCommand(),
 	)
 	return root
 }

@@ -322,3 +322,45 @@ func (f File) ListPath() string {
 	}
 	return strings.TrimSuffix(f.Path, filepath.Ext(f.Path)) + ".conflist"
 }
+
+// Gated are the networks of dir that have podgate-cni in their list, with the
+// plugins of their folders, whichever of them runtimes take.
+func Gated(dir string) ([]*libcni.NetworkConfigList, error) {
+	files, err := libcni.ConfFiles(dir, []string{".conf", ".conflist", ".json"})
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", dir, err)
+	}
+	slices.Sort(files)
+	var gated []*libcni.NetworkConfigList
+	for _, path := range files {
+		f, err := Load(path)
+		if err != nil || f.Form == FormSingle {
+			continue // No runtime calls podgate-cni for it.
+		}
+		b, err := os.ReadFile(f.Path)
+		if err != nil {
+			return nil, err
+		}
+		known := func(l *libcni.NetworkConfigList) bool { return l.Name == f.Network }
+		if merged, err := f.Merged(b); err != nil || !merged || slices.ContainsFunc(gated, known) {
+			continue
+		}
+		read := func(list []byte) ([]byte, error) {
+			c, err := libcni.NetworkConfFromBytes(list)
+			if err == nil {
+				c.Plugins = append(c.Plugins, f.Beside...)
+				gated = append(gated, c)
+			}
+			return list, err
+		}
+		if f.Form == FormDelegate {
+			_, err = inDelegate(b, read)
+		} else {
+			_, err = read(b)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Path, err)
+		}
+	}
+	return gated, nil
+}
