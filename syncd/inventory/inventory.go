@@ -40,13 +40,22 @@ type Options struct {
 }
 
 // Inventory is the state of one node. It is not safe for concurrent use.
+//
+// An update costs what changed since the one before, and the endpoints.
 type Inventory struct {
 	opts      Options
 	objects   map[manifest.Key]manifest.Object
+	changed   map[manifest.Key]struct{} // since the last Update
 	endpoints []pinning.Endpoint
+
+	// What follows from them, as of the last Update.
+	identities identities
+	attached   map[policy.PodKey][]pinning.Endpoint
+	candidates candidates
 
 	// What the compiler has, as of the last Update.
 	policies   map[string]*policy.Policy
+	origins    map[string]manifest.Key // of the policies
 	namespaces map[string]policy.Namespace
 	pods       map[policy.PodKey]policy.Pod
 	bindings   map[pinning.AttachmentKey]policy.PodKey
@@ -59,7 +68,11 @@ func New(opts Options) *Inventory {
 	return &Inventory{
 		opts:       opts,
 		objects:    make(map[manifest.Key]manifest.Object),
+		changed:    make(map[manifest.Key]struct{}),
+		identities: newIdentities(),
+		candidates: newCandidates(),
 		policies:   make(map[string]*policy.Policy),
+		origins:    make(map[string]manifest.Key),
 		namespaces: make(map[string]policy.Namespace),
 		pods:       make(map[policy.PodKey]policy.Pod),
 		bindings:   make(map[pinning.AttachmentKey]policy.PodKey),
@@ -70,11 +83,15 @@ func New(opts Options) *Inventory {
 // Apply takes a batch of a source.
 func (i *Inventory) Apply(b source.Batch) {
 	for _, k := range b.Gone {
-		delete(i.objects, k)
+		if _, ok := i.objects[k]; ok {
+			delete(i.objects, k)
+			i.changed[k] = struct{}{}
+		}
 	}
 	for _, o := range b.Set {
 		if o.Policy != nil || o.Pod != nil || o.Namespace != nil {
 			i.objects[o.Key] = o
+			i.changed[o.Key] = struct{}{}
 		}
 	}
 }
@@ -88,42 +105,72 @@ func (i *Inventory) SetEndpoints(endpoints []pinning.Endpoint) {
 // the compiler refuses stays as it was there and is among the problems, which
 // carry no dates.
 func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
-	next := i.derive()
-	for name, ns := range next.namespaces {
-		if old, ok := i.namespaces[name]; !ok || !maps.Equal(old.Labels, ns.Labels) {
-			c.SetNamespace(ns)
-		}
-	}
-	for uid, p := range next.policies {
-		if i.policies[uid] != p {
-			i.note(policyKey(p), c.SetPolicy(*p))
-		}
-	}
-	for uid, p := range i.policies {
-		if _, ok := next.policies[uid]; !ok {
-			c.DeletePolicy(uid)
-			delete(i.refused, policyKey(p))
-		}
-	}
-	for key, pod := range i.pods {
-		if _, ok := next.pods[key]; !ok {
-			c.DeletePod(key)
-			delete(i.refused, objectKey(&pod))
-		}
-	}
-	for key, pod := range next.pods {
-		if old, ok := i.pods[key]; !ok || !samePod(old, pod) {
-			i.note(objectKey(&pod), c.SetPod(pod))
-		}
-	}
-	for name := range i.namespaces {
-		if _, ok := next.namespaces[name]; !ok {
-			c.DeleteNamespace(name)
-		}
-	}
-	i.policies, i.namespaces, i.pods, i.bindings = next.policies, next.namespaces, next.pods, next.bindings
+	dirty := i.identify()
+	i.attach(dirty)
+	namespaces := i.namespacesChanged(dirty)
+	pods := i.settle(i.propose(dirty, namespaces))
 
-	problems := next.problems
+	var gone []string
+	for name := range namespaces {
+		ns, ok := i.namespace(name)
+		if !ok {
+			gone = append(gone, name)
+		} else if old, had := i.namespaces[name]; !had || !maps.Equal(old.Labels, ns.Labels) {
+			c.SetNamespace(ns)
+			i.namespaces[name] = ns
+		}
+	}
+	i.updatePolicies(c)
+	for key := range pods {
+		if old, had := i.pods[key]; had && !i.candidates.has(key) {
+			c.DeletePod(key)
+			delete(i.pods, key)
+			delete(i.refused, objectKey(&old))
+		}
+	}
+	for key := range pods {
+		pod, ok := i.candidates.settled(key)
+		if old, had := i.pods[key]; ok && (!had || !samePod(old, pod)) {
+			i.note(objectKey(&pod), c.SetPod(pod))
+			i.pods[key] = pod
+		}
+	}
+	for _, name := range gone {
+		c.DeleteNamespace(name)
+		delete(i.namespaces, name)
+	}
+	clear(i.changed)
+	return i.problems()
+}
+
+// updatePolicies hands over the policies that changed.
+func (i *Inventory) updatePolicies(c *policy.Compiler) {
+	for key := range i.changed {
+		o, ok := i.objects[key]
+		if !ok || o.Policy == nil {
+			continue
+		}
+		if p := o.Policy; i.policies[p.UID] != p {
+			i.note(key, c.SetPolicy(*p))
+			i.policies[p.UID] = p
+			i.origins[p.UID] = key
+		}
+	}
+	for uid, key := range i.origins {
+		if o, ok := i.objects[key]; ok && o.Policy != nil && o.Policy.UID == uid {
+			continue
+		}
+		c.DeletePolicy(uid)
+		delete(i.policies, uid)
+		delete(i.origins, uid)
+		if _, ok := i.objects[key]; !ok {
+			delete(i.refused, key)
+		}
+	}
+}
+
+func (i *Inventory) problems() []source.Problem {
+	problems := i.candidates.problems()
 	for _, key := range slices.SortedFunc(maps.Keys(i.refused), manifest.Key.Compare) {
 		problems = append(problems, source.Problem{Subject: key.String(), Object: key, Reason: i.refused[key].Error()})
 	}
@@ -136,10 +183,6 @@ func (i *Inventory) note(key manifest.Key, err error) {
 	} else {
 		delete(i.refused, key)
 	}
-}
-
-func policyKey(p *policy.Policy) manifest.Key {
-	return manifest.Key{Kind: p.Kind, Namespace: p.Namespace, Name: p.Name}
 }
 
 func objectKey(p *policy.Pod) manifest.Key {

@@ -8,6 +8,7 @@ package inventory
 import (
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -29,7 +30,7 @@ func decode(t *testing.T, text string) []manifest.Object {
 }
 
 // pods is a manifest of pods, each "name [key=value...]" with keys uid, node,
-// ip, label, host, phase, deleted, audit.
+// ip, label, host, phase, deleted, audit, mirror, created (a year).
 func pods(specs ...string) string {
 	var b strings.Builder
 	for _, spec := range specs {
@@ -46,6 +47,12 @@ func pods(specs ...string) string {
 		}
 		if v["audit"] != "" {
 			b.WriteString(`, annotations: {podgate.io/audit: "true"}`)
+		}
+		if v["mirror"] != "" {
+			fmt.Fprintf(&b, ", annotations: {kubernetes.io/config.mirror: %q}", v["mirror"])
+		}
+		if v["created"] != "" {
+			fmt.Fprintf(&b, `, creationTimestamp: "%s-01-02T03:04:05Z"`, v["created"])
 		}
 		fmt.Fprintf(&b, "}\nspec: {nodeName: %q, hostNetwork: %v}\nstatus: {podIP: %q, phase: %q}\n", v["node"], v["host"] != "", v["ip"], v["phase"])
 	}
@@ -143,6 +150,44 @@ func TestUpdate(t *testing.T) {
 			endpoints: []pinning.Endpoint{endpoint(1, "c1", "u2", "a/x", nil, "10.0.0.1")},
 			want:      []string{"u1 a/x [10.0.0.1] local l=1"},
 			bindings:  []string{"c1=u1"},
+		},
+		{
+			name: "a UID belongs to the pod of the endpoint's name", opts: api,
+			objects:   pods("a/x uid=u1 node=n1"),
+			endpoints: []pinning.Endpoint{endpoint(1, "c1", "u1", "a/y", nil, "10.0.0.1"), endpoint(2, "c2", "u1", "", nil, "10.0.0.2")},
+			want:      []string{"u1 a/x [10.0.0.2] local"},
+			bindings:  []string{"c2=u1"},
+		},
+		{
+			name: "static pods go by the UID of the kubelet", opts: api,
+			objects:   pods("a/static uid=api mirror=hash node=n1"),
+			endpoints: []pinning.Endpoint{endpoint(1, "c1", "hash", "a/static", nil, "10.0.0.1")},
+			want:      []string{"hash a/static [10.0.0.1] local"},
+			bindings:  []string{"c1=hash"},
+		},
+		{
+			name: "no pod passes for another by an annotation", opts: api,
+			objects: pods("a/forged uid=api1 mirror=u1 node=n1 label=evil", "b/real uid=u1 node=n1",
+				"b/static uid=api2 mirror=hash node=n1", "a/forged2 uid=api3 mirror=hash node=n1"),
+			endpoints: []pinning.Endpoint{
+				endpoint(1, "c1", "u1", "b/real", nil, "10.0.0.1"), endpoint(2, "c2", "api1", "a/forged", nil, "10.0.0.2"),
+				endpoint(3, "c3", "hash", "b/static", nil, "10.0.0.3"),
+			},
+			want: []string{"a/forged a/forged [10.0.0.2] local l=evil", "a/forged2 a/forged2 [] local", "u1 b/real [10.0.0.1] local",
+				"b/static b/static [10.0.0.3] local"},
+			bindings: []string{"c1=u1", "c2=a/forged", "c3=b/static"},
+		},
+		{
+			name: "pods that are not scheduled are not here", opts: api,
+			objects: pods("a/x uid=u1"),
+			want:    []string{"u1 a/x []"},
+		},
+		{
+			name: "of pods elsewhere the youngest has an address, unless it is going", opts: api,
+			objects: pods("a/old uid=u1 node=n2 ip=10.0.0.1 created=2020", "a/new uid=u2 node=n3 ip=10.0.0.1 created=2021",
+				"b/old uid=u3 node=n2 ip=10.0.0.2 created=2020", "b/new uid=u4 node=n3 ip=10.0.0.2 created=2021 deleted=true"),
+			want:     []string{"u2 a/new [10.0.0.1]", "u1 a/old []", "u4 b/new []", "u3 b/old [10.0.0.2]"},
+			problems: []string{"Pod a/old: its address 10.0.0.1 is also that of Pod a/new"},
 		},
 		{
 			name: "endpoints without manifest", opts: dir,
@@ -276,6 +321,115 @@ func TestUpdateIncrementally(t *testing.T) {
 			t.Fatalf("step %d: got\n%s\nwant\n%s", i, strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
 	}
+}
+
+// TestUpdateRandomly goes through random histories of few pods that share few
+// names, UIDs and addresses, and asks at each step that pods, bindings, problems
+// and what is compiled are those of an inventory that never saw another state.
+func TestUpdateRandomly(t *testing.T) {
+	for seed := range uint64(50) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		opts := Options{Node: "n1", Unlisted: r.IntN(2) == 0, AuditPods: r.IntN(2) == 0}
+		inv, compiler := New(opts), policy.NewCompiler()
+		for step := range 40 {
+			inv.Apply(randomBatch(t, r))
+			inv.SetEndpoints(randomEndpoints(r))
+			problems := inv.Update(compiler)
+
+			fresh, freshCompiler := New(opts), policy.NewCompiler()
+			fresh.Apply(source.Batch{Set: slices.Collect(maps.Values(inv.objects))})
+			fresh.SetEndpoints(inv.endpoints)
+			freshProblems := fresh.Update(freshCompiler)
+
+			if got, want := inv.Pods(), fresh.Pods(); !slices.EqualFunc(got, want, samePod) {
+				t.Fatalf("seed %d, step %d: pods\n%v, want\n%v", seed, step, got, want)
+			}
+			if !maps.Equal(inv.Bindings(), fresh.Bindings()) || !slices.Equal(problems, freshProblems) {
+				t.Fatalf("seed %d, step %d: bindings %v, want %v; problems %v, want %v",
+					seed, step, inv.Bindings(), fresh.Bindings(), problems, freshProblems)
+			}
+			compiler.Compile()
+			compiler.Compact()
+			if got, want := summary(compiler.Snapshot()), summary(freshCompiler.Snapshot()); !slices.Equal(got, want) {
+				t.Fatalf("seed %d, step %d: got\n%s\nwant\n%s", seed, step, strings.Join(got, "\n"), strings.Join(want, "\n"))
+			}
+		}
+	}
+}
+
+// randomBatch sets and deletes a few of the objects there may be.
+func randomBatch(t *testing.T, r *rand.Rand) source.Batch {
+	const policies = "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: p%d, namespace: %q, uid: p%d}\n" +
+		"spec: {podSelector: {}, ingress: [{from: [{namespaceSelector: {matchLabels: {team: \"%d\"}}, podSelector: {matchLabels: {l: \"%d\"}}}]}]}\n"
+	const namespaces = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: %q, labels: {team: \"%d\"}, annotations: {podgate.io/audit: \"%v\"}}\n"
+	var text strings.Builder
+	var gone []manifest.Key
+	set := make(map[manifest.Key]bool)
+	once := func(kind, namespace, name string) bool {
+		key := manifest.Key{Kind: kind, Namespace: namespace, Name: name}
+		if set[key] {
+			return false
+		}
+		set[key] = true
+		if r.IntN(4) == 0 {
+			gone = append(gone, key)
+			return false
+		}
+		return true
+	}
+	for range r.IntN(4) {
+		ns := string("ab"[r.IntN(2)])
+		switch r.IntN(6) {
+		case 0:
+			if once("Namespace", "", ns) {
+				fmt.Fprintf(&text, namespaces, ns, r.IntN(2), r.IntN(4) == 0)
+			}
+		case 1:
+			n := r.IntN(2)
+			if once("NetworkPolicy", ns, fmt.Sprintf("p%d", n)) {
+				fmt.Fprintf(&text, policies, n, ns, 2*n+int(ns[0]-'a'), r.IntN(2), r.IntN(2))
+			}
+		default:
+			n := r.IntN(4)
+			name := fmt.Sprintf("x%d", n)
+			if !once("Pod", ns, name) {
+				continue
+			}
+			// A pod made again has another UID.
+			spec := fmt.Sprintf("%s/%s uid=u-%s-%d-%d node=n%d label=%d created=20%02d", ns, name, ns, n, r.IntN(2), r.IntN(3), r.IntN(2), r.IntN(5)+10)
+			if r.IntN(2) == 0 {
+				spec += fmt.Sprintf(" ip=10.0.0.%d", r.IntN(4)+1)
+			}
+			for _, word := range []string{"host=true", "phase=Failed", "deleted=true"} {
+				if r.IntN(6) == 0 {
+					spec += " " + word
+				}
+			}
+			switch r.IntN(8) {
+			case 0:
+				spec += fmt.Sprintf(" mirror=u-%c-%d-%d", "ab"[r.IntN(2)], r.IntN(4), r.IntN(2))
+			case 1:
+				spec += " audit=true"
+			}
+			text.WriteString(pods(spec))
+		}
+	}
+	return source.Batch{Set: decode(t, text.String()), Gone: gone}
+}
+
+func randomEndpoints(r *rand.Rand) (out []pinning.Endpoint) {
+	for n := range r.IntN(4) {
+		ns, pod := string("ab"[r.IntN(2)]), r.IntN(4)
+		uid, name := fmt.Sprintf("u-%s-%d-%d", ns, pod, r.IntN(2)), fmt.Sprintf("%s/x%d", ns, pod)
+		switch r.IntN(5) {
+		case 0:
+			uid = ""
+		case 1:
+			name = "b/x0"
+		}
+		out = append(out, endpoint(uint32(n+1+r.IntN(2)*10), fmt.Sprintf("c%d", n), uid, name, nil, fmt.Sprintf("10.0.0.%d", r.IntN(4)+1)))
+	}
+	return out
 }
 
 // summary is what an update amounts to for pods and addresses.

@@ -1,0 +1,300 @@
+// Copyright The podgate Authors
+// SPDX-License-Identifier: Apache-2.0
+
+//go:build linux
+
+package inventory
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/source"
+)
+
+// candidate is a pod with all the addresses it says it has.
+type candidate struct {
+	policy.Pod
+	created time.Time
+	// latest is the number of its endpoint attached last; 0 without any.
+	latest uint32
+	// ignored says that the pod asks for audit mode in vain.
+	ignored bool
+}
+
+func (a *candidate) equal(b *candidate) bool {
+	return samePod(a.Pod, b.Pod) && a.created.Equal(b.created) && a.latest == b.latest && a.ignored == b.ignored
+}
+
+// contest is an address that several pods claim. Losers do not get it.
+type contest struct {
+	rivals, losers []policy.PodKey
+	problems       []source.Problem
+}
+
+// candidates are all pods there may be.
+type candidates struct {
+	pods        map[policy.PodKey]*candidate
+	byNamespace map[string]map[policy.PodKey]struct{}
+	claims      map[netip.Addr][]policy.PodKey
+	contests    map[netip.Addr]*contest
+	ignored     map[policy.PodKey]struct{}
+	// audited namespaces.
+	audited map[string]bool
+}
+
+func newCandidates() candidates {
+	return candidates{
+		pods:        make(map[policy.PodKey]*candidate),
+		byNamespace: make(map[string]map[policy.PodKey]struct{}),
+		claims:      make(map[netip.Addr][]policy.PodKey),
+		contests:    make(map[netip.Addr]*contest),
+		ignored:     make(map[policy.PodKey]struct{}),
+		audited:     make(map[string]bool),
+	}
+}
+
+func (c *candidates) has(key policy.PodKey) bool { return c.pods[key] != nil }
+
+// namespacesChanged answers the namespaces whose object changed, and adds their
+// pods to the dirty ones if audit mode did.
+func (i *Inventory) namespacesChanged(dirty map[policy.PodKey]struct{}) map[string]struct{} {
+	out := make(map[string]struct{})
+	for key := range i.changed {
+		if key.Kind != manifest.KindNamespace {
+			continue
+		}
+		out[key.Name] = struct{}{}
+		audit := i.objects[key].Audit
+		if audit == i.candidates.audited[key.Name] {
+			continue
+		}
+		if delete(i.candidates.audited, key.Name); audit {
+			i.candidates.audited[key.Name] = true
+		}
+		for pod := range i.candidates.byNamespace[key.Name] {
+			dirty[pod] = struct{}{}
+		}
+	}
+	return out
+}
+
+// namespace is the one of a name, if it has an object or pods.
+func (i *Inventory) namespace(name string) (policy.Namespace, bool) {
+	if o, ok := i.objects[manifest.Key{Kind: manifest.KindNamespace, Name: name}]; ok {
+		return *o.Namespace, true
+	}
+	return manifest.NamespaceOf(name, nil), len(i.candidates.byNamespace[name]) > 0
+}
+
+// propose brings the candidates of some keys up to date. It answers the pods
+// that may differ, with the addresses that they claim or claimed, and adds the
+// namespaces that got their first pod or lost their last.
+func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[string]struct{}) (pods map[policy.PodKey]struct{}, touched map[netip.Addr]struct{}) {
+	c := &i.candidates
+	pods, touched = make(map[policy.PodKey]struct{}), make(map[netip.Addr]struct{})
+	for key := range keys {
+		before, now := c.pods[key], i.candidate(key)
+		if before == nil && now == nil || before != nil && now != nil && before.equal(now) {
+			continue
+		}
+		pods[key] = struct{}{}
+		if before != nil {
+			c.remove(before, touched, namespaces)
+		}
+		if now != nil {
+			c.add(now, touched, namespaces)
+		}
+	}
+	return pods, touched
+}
+
+func (c *candidates) add(p *candidate, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
+	c.pods[p.Key] = p
+	if c.byNamespace[p.Namespace] == nil {
+		c.byNamespace[p.Namespace] = make(map[policy.PodKey]struct{})
+		namespaces[p.Namespace] = struct{}{}
+	}
+	c.byNamespace[p.Namespace][p.Key] = struct{}{}
+	if p.ignored {
+		c.ignored[p.Key] = struct{}{}
+	}
+	if !p.HostNetwork {
+		for _, a := range p.Addresses {
+			c.claims[a] = append(c.claims[a], p.Key)
+			touched[a] = struct{}{}
+		}
+	}
+}
+
+func (c *candidates) remove(p *candidate, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
+	delete(c.pods, p.Key)
+	delete(c.ignored, p.Key)
+	if delete(c.byNamespace[p.Namespace], p.Key); len(c.byNamespace[p.Namespace]) == 0 {
+		delete(c.byNamespace, p.Namespace)
+		namespaces[p.Namespace] = struct{}{}
+	}
+	if !p.HostNetwork {
+		for _, a := range p.Addresses {
+			c.claims[a] = slices.DeleteFunc(c.claims[a], func(k policy.PodKey) bool { return k == p.Key })
+			if len(c.claims[a]) == 0 {
+				delete(c.claims, a)
+			}
+			touched[a] = struct{}{}
+		}
+	}
+}
+
+// candidate is what object and endpoints of a key amount to; nil without any.
+func (i *Inventory) candidate(key policy.PodKey) *candidate {
+	mine := i.attached[key]
+	o, listed := i.object(key)
+	out := &candidate{created: o.Created}
+	switch {
+	case listed:
+		out.Pod = *o.Pod
+		out.Local = len(mine) > 0 || i.opts.AllLocal || i.expected(o)
+		if len(mine) > 0 {
+			// The node knows better than a status that may be old.
+			out.Addresses = routable(mine)
+		}
+	case len(mine) > 0:
+		out.Pod = unlisted(key, mine)
+	default:
+		return nil
+	}
+	if len(mine) > 0 {
+		out.latest = mine[len(mine)-1].ID
+	}
+	audited := i.candidates.audited[out.Namespace]
+	out.ignored = out.Local && out.Audit && !i.opts.AuditPods && !audited
+	out.Audit = out.Audit && i.opts.AuditPods || audited
+	return out
+}
+
+// expected says that a pod without an endpoint may get one here, so that its
+// rulesets must be there before.
+func (i *Inventory) expected(o manifest.Object) bool {
+	if o.Node != "" || !i.opts.Unlisted {
+		return o.Node == i.opts.Node
+	}
+	return len(o.Pod.Addresses) == 0
+}
+
+// unlisted is the pod that endpoints belong to and no object describes.
+func unlisted(key policy.PodKey, endpoints []pinning.Endpoint) policy.Pod {
+	first := &endpoints[0]
+	return policy.Pod{
+		Key:       key,
+		UID:       first.PodUID,
+		Namespace: namespaceOf(first),
+		Name:      nameOf(first),
+		Labels:    maps.Clone(first.Labels),
+		Addresses: routable(endpoints),
+		Local:     true,
+	}
+}
+
+// settle decides the contests about addresses, and adds to the pods that may
+// differ those that win or lose one.
+func (i *Inventory) settle(pods map[policy.PodKey]struct{}, touched map[netip.Addr]struct{}) map[policy.PodKey]struct{} {
+	c := &i.candidates
+	for a := range touched {
+		before := c.contests[a]
+		delete(c.contests, a)
+		now := c.contest(a)
+		if now != nil {
+			c.contests[a] = now
+		}
+		for _, one := range []*contest{before, now} {
+			if one == nil {
+				continue
+			}
+			for _, key := range one.rivals {
+				pods[key] = struct{}{}
+			}
+		}
+	}
+	return pods
+}
+
+// contest leaves an address to one pod where it can tell whose it is; nil if at
+// most one claims it. Of local pods the one attached last has it, and a status
+// elsewhere that still names it is only old. Of pods elsewhere the youngest has
+// it, of those that are not terminating; where it is not said when they were
+// made, the compiler chooses.
+func (c *candidates) contest(a netip.Addr) *contest {
+	if len(c.claims[a]) < 2 {
+		return nil
+	}
+	out := &contest{rivals: slices.SortedFunc(slices.Values(c.claims[a]), func(x, y policy.PodKey) int {
+		p, q := c.pods[x], c.pods[y]
+		return cmp.Or(cmp.Compare(q.latest, p.latest), compareBool(p.Terminating, q.Terminating), q.created.Compare(p.created),
+			cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name, q.Name), cmp.Compare(x, y))
+	})}
+	first := c.pods[out.rivals[0]]
+	local := first.latest > 0
+	for _, key := range out.rivals[1:] {
+		pod := c.pods[key]
+		if local == (pod.latest > 0) && !pod.Terminating && !first.Terminating {
+			out.problems = append(out.problems, source.Problem{
+				Subject: objectKey(&pod.Pod).String(), Object: objectKey(&pod.Pod),
+				Reason: fmt.Sprintf("its address %v is also that of %v", a, objectKey(&first.Pod)),
+			})
+		}
+		if local || !pod.created.IsZero() {
+			out.losers = append(out.losers, key)
+		}
+	}
+	return out
+}
+
+// settled is a pod with the addresses that are left to it.
+func (c *candidates) settled(key policy.PodKey) (policy.Pod, bool) {
+	p := c.pods[key]
+	if p == nil {
+		return policy.Pod{}, false
+	}
+	pod := p.Pod
+	lost := func(a netip.Addr) bool {
+		one := c.contests[a]
+		return one != nil && slices.Contains(one.losers, key)
+	}
+	if !pod.HostNetwork && slices.ContainsFunc(pod.Addresses, lost) {
+		pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), lost)
+	}
+	return pod, true
+}
+
+// problems are those of all candidates, in a stable order.
+func (c *candidates) problems() (out []source.Problem) {
+	for _, key := range slices.Sorted(maps.Keys(c.ignored)) {
+		object := objectKey(&c.pods[key].Pod)
+		out = append(out, source.Problem{
+			Subject: object.String(), Object: object,
+			Reason: "annotation " + manifest.AnnotationAudit + " has no effect on a Pod without --audit-pods, only on its Namespace",
+		})
+	}
+	for _, a := range slices.SortedFunc(maps.Keys(c.contests), netip.Addr.Compare) {
+		out = append(out, c.contests[a].problems...)
+	}
+	return out
+}
+
+// compareBool orders false before true.
+func compareBool(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}
