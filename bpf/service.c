@@ -315,12 +315,67 @@ static __always_inline int judge_slowly(struct bpf_dynptr *data, __u32 l4,
 	return verdict;
 }
 
+/* The common shapes, read as in parse_fast; the rest takes the slow path. */
+static __always_inline bool read_fast(struct bpf_dynptr *data,
+				      struct flow_key *key, __u32 endpoint)
+{
+	__u8 buffer[sizeof(struct ipv6hdr) + 4], protocol;
+	struct iphdr *ip;
+	__be16 *ports;
+
+	ip = bpf_dynptr_slice(data, 0, buffer, sizeof(*ip) + 4);
+	if (!ip)
+		return false;
+	if (*(__u8 *)ip == 0x45) {
+		if (ip->frag_off & bpf_htons(IP_OFFSET))
+			return false;
+		address_v4(&key->local, ip->saddr);
+		address_v4(&key->peer, ip->daddr);
+		protocol = ip->protocol;
+		ports = (__be16 *)(ip + 1);
+	} else {
+		struct ipv6hdr *ip6;
+
+		ip6 = bpf_dynptr_slice(data, 0, buffer, sizeof(*ip6) + 4);
+		if (!ip6 || *(__u8 *)ip6 >> 4 != 6)
+			return false;
+		__builtin_memcpy(&key->local, &ip6->saddr, 16);
+		__builtin_memcpy(&key->peer, &ip6->daddr, 16);
+		protocol = ip6->nexthdr;
+		ports = (__be16 *)(ip6 + 1);
+	}
+	key_words(key, endpoint, bpf_ntohs(ports[0]), bpf_ntohs(ports[1]),
+		  protocol);
+	return true;
+}
+
+/*
+ * Is it what was allowed of the flow that from_pod has just deferred? The
+ * identity is that of the whole key with the endpoint, so nothing else needs to
+ * be looked at.
+ */
+static __always_inline bool is_allowed(struct bpf_dynptr *data,
+				       const struct handover *h, __u32 tag,
+				       __u32 length)
+{
+	struct flow_key key;
+
+	if (!h->translated || h->slot != tag - 1 || h->tick != bpf_jiffies64())
+		return false;
+	if (!read_fast(data, &key, h->key.endpoint) ||
+	    flow_identity(&key) != h->translated)
+		return false;
+	count(length, h->slot, DIRECTION_EGRESS, true);
+	if (h->rule)
+		count_rule(length, h->rule);
+	return true;
+}
+
 SEC("netfilter")
 int after_nat(struct bpf_nf_ctx *ctx)
 {
 	struct sk_buff *skb = ctx->skb;
-	__u32 tag = skb->tc_index, ct = skb->_nfct & CT_INFO;
-	__u32 length, slot, l4, zero = 0;
+	__u32 length, slot, l4, ct, zero = 0, tag = skb->tc_index;
 	struct bpf_dynptr data;
 	struct flow_key *key;
 	struct handover *h;
@@ -333,15 +388,21 @@ int after_nat(struct bpf_nf_ctx *ctx)
 	if (tag & TAG_JUDGED)
 		return NF_ACCEPT;
 	/* What is left to after_nat goes the way of its connection. */
+	ct = skb->_nfct & CT_INFO;
 	if (!tag && (ct == CT_ESTABLISHED_REPLY || ct == CT_RELATED_REPLY))
 		return NF_ACCEPT;
+	if (bpf_dynptr_from_skb(skb, 0, &data))
+		return NF_DROP;
+	length = skb->len + ETH_HLEN;
+	h = bpf_map_lookup_elem(&handovers, &zero);
+	if (h && tag && is_allowed(&data, h, tag, length))
+		return NF_ACCEPT;
+
 	s = scratch_get();
-	if (!s || bpf_dynptr_from_skb(skb, 0, &data))
+	ip = bpf_dynptr_slice(&data, 0, buffer, sizeof(buffer));
+	if (!s || !ip)
 		return NF_DROP;
 	key = &s->packet.key;
-	ip = bpf_dynptr_slice(&data, 0, buffer, sizeof(buffer));
-	if (!ip)
-		return NF_DROP;
 	key->protocol = 0;
 	l4 = *(__u8 *)ip >> 4 == 6 ? read_v6(&data, key) : read_v4(ip, key);
 	/* from_pod leaves nothing else. */
@@ -357,20 +418,11 @@ int after_nat(struct bpf_nf_ctx *ctx)
 	gate = bpf_map_lookup_elem(&gates, &slot);
 	if (!gate)
 		return NF_DROP;
-	length = skb->len + ETH_HLEN;
 	ports = l4 < L4_NONE ? bpf_dynptr_slice(&data, l4, buffer, 4) : NULL;
 	if (!ports && l4 < L4_NONE)
 		l4 = L4_NONE | REASON_MALFORMED;
 	key_words(key, gate->endpoint, ports ? bpf_ntohs(ports[0]) : 0,
 		  ports ? bpf_ntohs(ports[1]) : 0, key->protocol);
-	h = bpf_map_lookup_elem(&handovers, &zero);
-	if (tag && h && h->translated && h->slot == slot &&
-	    h->tick == bpf_jiffies64() && h->translated == flow_identity(key)) {
-		count(length, slot, DIRECTION_EGRESS, true);
-		if (h->rule)
-			count_rule(length, h->rule);
-		return NF_ACCEPT;
-	}
 	if (!tag && is_judged(slot))
 		return NF_ACCEPT;
 	return judge_slowly(&data, l4, slot, length);
