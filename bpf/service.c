@@ -226,6 +226,22 @@ static __always_inline void stamp(struct scratch *s, struct flow *f,
 }
 
 /*
+ * The flow before translation is refused. One that has just begun leaves no
+ * entry, like any other that is: it must not cost others theirs.
+ */
+static __always_inline void refuse_flow(struct flow *f,
+					const struct flow_key *before)
+{
+	f->verdict = VERDICT_DENIED;
+	if (f->translated)
+		return;
+	f->valid = 0;
+	if (f->state == FLOW_NEW && f->packets[DIRECTION_EGRESS] == 1 &&
+	    !f->packets[DIRECTION_INGRESS])
+		bpf_map_delete_elem(&flows, before);
+}
+
+/*
  * Judges the packet in scratch, as its gate stands now. Anything that keeps a
  * packet from being read is given as a reason.
  */
@@ -265,11 +281,8 @@ __noinline int judge_after(__u32 slot, __u32 length, __u32 reason)
 		count_drop(length, j->reason, DIRECTION_EGRESS);
 		if (j->rule)
 			count_rule(length, j->rule);
-		if (f) {
-			f->verdict = VERDICT_DENIED;
-			if (!f->translated)
-				f->valid = 0;
-		}
+		if (f)
+			refuse_flow(f, &h->key);
 		return NF_DROP;
 	}
 	if (denied ? !f || !f->translated : f && !f->translated)
