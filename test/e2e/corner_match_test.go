@@ -111,7 +111,8 @@ spec: { podSelector: {} }
 	l.expect(reaches(dropped, server, 8080, client), reaches(answered, client, 8080, server))
 }
 
-// nextAddress has the next pod of a node get the addresses of a former one.
+// nextAddress has the next pod of a node get the addresses of a former one, as
+// soon as that one's network is gone.
 func (l *lab) nextAddress(node string, addresses ...netip.Addr) {
 	l.t.Helper()
 	for _, n := range l.Nodes {
@@ -120,10 +121,11 @@ func (l *lab) nextAddress(node string, addresses ...netip.Addr) {
 		}
 		for i, a := range addresses {
 			// host-local goes on after the last one it gave.
-			script := fmt.Sprintf("printf %s >/var/lib/cni/networks/e2e/last_reserved_ip.%d", a.Prev(), i)
-			if _, err := n.Exec(l.t.Context(), "/bin/sh", "-c", script); err != nil {
-				l.t.Fatal(err)
-			}
+			script := fmt.Sprintf("cd /var/lib/cni/networks/e2e && ! test -e %s && printf %s >last_reserved_ip.%d", a, a.Prev(), i)
+			l.eventually("release of "+a.String(), func(ctx context.Context) error {
+				_, err := n.Exec(ctx, "/bin/sh", "-c", script)
+				return err
+			})
 		}
 	}
 }
@@ -185,9 +187,7 @@ spec:
 		for _, ip := range p.Status.PodIPs {
 			addresses = append(addresses, netip.MustParseAddr(ip.IP))
 		}
-		// Until its sandbox is gone nobody else can have them.
-		_, err = l.Nodes[0].Exec(ctx, "/bin/sh", "-c", "! test -e /var/lib/cni/networks/e2e/"+addresses[0].String())
-		return err
+		return nil
 	})
 	l.nextAddress("n1", addresses...)
 	heir := l.newPod(podSpec{name: "heir", node: "n1"})
@@ -237,11 +237,12 @@ spec: { podSelector: { matchLabels: { kind: denied } }, policyTypes: [Ingress, E
 
 	// The first thing each does is to connect, five times to each family.
 	var script strings.Builder
+	script.WriteString("exec 2>/dev/null; ")
 	for _, a := range server.Addresses {
-		fmt.Fprintf(&script, "for i in 1 2 3 4 5; do if timeout 1 bash -c '</dev/tcp/%s/8080' 2>/dev/null;"+
+		fmt.Fprintf(&script, "for i in 1 2 3 4 5; do if timeout 1 bash -c '</dev/tcp/%s/8080';"+
 			" then echo open; else echo shut; fi; done; ", a)
 	}
-	script.WriteString("echo done; exec /agnhost netexec --http-port=8082")
+	script.WriteString("echo done; exec /agnhost netexec --http-port=8082 --udp-port=8083")
 	talker := func(name, namespace, kind string) podSpec {
 		return podSpec{name: name, namespace: namespace, node: "n1", labels: map[string]string{"kind": kind}, change: func(p *core.Pod) {
 			p.Spec.Containers[0].Command = []string{"/bin/bash", "-c", script.String()}

@@ -46,7 +46,7 @@ func testKubeletProbes(t *testing.T, s *suite) {
 	l.policy(isolated)
 	p := l.newPod(podSpec{name: "probed", change: func(p *core.Pod) {
 		c := &p.Spec.Containers[0]
-		c.Args = []string{"netexec", "--http-port=9090"}
+		c.Args = []string{"netexec", "--http-port=9090", "--udp-port=9091"}
 		c.ReadinessProbe = &core.Probe{
 			PeriodSeconds: 1, FailureThreshold: 1,
 			ProbeHandler: core.ProbeHandler{HTTPGet: &core.HTTPGetAction{Path: "/healthz", Port: intstr.FromInt32(9090)}},

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -329,17 +330,17 @@ spec:
 	// The other node is a router whose next link takes less: it says so.
 	shrink := func(mtu string) {
 		t.Helper()
-		for _, route := range []string{"10.244.2.0/24", "fd00:10:244:2::/64"} {
-			args := []string{"route", "change", route, "dev", "cni0"}
-			if mtu != "" {
-				args = append(args, "mtu", mtu)
-			}
+		for _, route := range []string{
+			"10.244.2.0/24 dev cni0 proto kernel scope link src 10.244.2.1",
+			"fd00:10:244:2::/64 dev cni0 proto kernel metric 256",
+		} {
+			args := append([]string{"route", "change"}, strings.Fields(route+mtu)...)
 			if _, err := l.Nodes[1].Exec(context.WithoutCancel(t.Context()), "/bin/ip", args...); err != nil {
 				t.Error(err)
 			}
 		}
 	}
-	shrink("1300")
+	shrink(" mtu 1300")
 	defer shrink("")
 	for _, a := range server.Addresses {
 		c, err := client.dial("tcp", netip.AddrPortFrom(a, 8080))

@@ -30,9 +30,14 @@ import (
 	"github.com/podgate/podgate/test/e2e/build"
 )
 
-// patience is how long the cluster may take for what it does by itself: start
-// a pod on a busy machine, translate a Service, enforce a policy.
-const patience = 90 * time.Second
+const (
+	// patience is how long the cluster may take for what it does by itself, such
+	// as to start a pod on a busy machine.
+	patience = 90 * time.Second
+	// inForce is how long a change may take until packets notice it: the kernel
+	// that enforces policy, or kube-proxy that translates a Service.
+	inForce = 20 * time.Second
+)
 
 // lab is a namespace of a test, or several, that are deleted with it.
 type lab struct {

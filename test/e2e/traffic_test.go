@@ -194,7 +194,7 @@ func (l *lab) expect(groups ...[]probe) {
 	for _, g := range groups {
 		probes = append(probes, g...)
 	}
-	err := within(l.t.Context(), patience, func(context.Context) error { return attempt(probes) })
+	err := within(l.t.Context(), inForce, func(context.Context) error { return attempt(probes) })
 	if err == nil {
 		err = attempt(probes)
 	}
