@@ -88,16 +88,21 @@ func (l *lab) deleteNamespace(name string) {
 	}
 }
 
-// describe logs what podgate says of each node.
+// describe logs what podgate says of each node, and the last packets it dropped
+// there.
 func (l *lab) describe() {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
 	for _, n := range l.Nodes {
 		if n.Podgate == nil {
 			continue
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-		out, err := n.PodgateCommand(ctx, "status")
-		cancel()
-		l.t.Logf("podgate status on %s: %v\n%s", n.Name, err, out)
+		for _, args := range [][]string{{"status"}, {"flows", "--verdict", "denied"}} {
+			out, err := n.PodgateCommand(ctx, args...)
+			lines := strings.Split(string(out), "\n")
+			lines = lines[max(0, len(lines)-80):]
+			l.t.Logf("podgate %s on %s: %v\n%s", args[0], n.Name, err, strings.Join(lines, "\n"))
+		}
 	}
 }
 
