@@ -243,10 +243,8 @@ func isGone(err error) bool {
 }
 
 func (s *State) attachTCX(endpoint uint32, ifindex int) error {
-	for direction, name := range programNames() {
-		if err := s.attachTCXHook(endpoint, ifindex, direction, name); err != nil {
-			return errors.Join(err, s.detachTCX(endpoint))
-		}
+	if err := s.replaceTCX(endpoint, ifindex); err != nil {
+		return errors.Join(err, s.detachTCX(endpoint))
 	}
 	return nil
 }

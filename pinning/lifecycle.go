@@ -36,34 +36,35 @@ type AddRequest struct {
 
 // Add gates an endpoint: when it returns without an error both hooks are
 // attached and the gate enforces the pod's published policy, or is what its
-// mode says. An endpoint that is there already is replaced. On an error
-// nothing of it is left.
+// mode says. An endpoint that is there already is replaced, on the same
+// interface without a moment in which packets meet no hook. On an error nothing
+// of it is left.
 //
 // The hooks are attached without the lock: the kernel makes who attaches wait
 // for all CPUs, and nobody else touches the interface.
 func (s *State) Add(ctx context.Context, r AddRequest) (Endpoint, Enforcement, error) {
 	var e Endpoint
-	err := s.locked(ctx, func() error {
-		former, err := s.find(r.Key)
-		if err == nil && former != nil {
-			if former.Interfaces != 1 {
-				// Its others are there still.
-				r.Interfaces = 0
-			}
-			err = s.end(former)
-		}
-		if err != nil {
+	var forebears []*Endpoint
+	err := s.locked(ctx, func() (err error) {
+		if forebears, err = s.succeed(&r); err != nil {
 			return fmt.Errorf("replace endpoint %s: %w", r.Key, err)
 		}
-		if e, err = s.add(r); err != nil {
-			return errors.Join(err, s.delete(r.Key))
+		if e, err = s.add(r, forebears); err != nil {
+			errs := []error{err, s.delete(r.Key)}
+			for _, f := range forebears {
+				errs = append(errs, s.unhook(f))
+			}
+			return errors.Join(errs...)
 		}
 		return nil
 	})
 	if err != nil {
 		return Endpoint{}, Enforcement{}, err
 	}
-	if e.Attach, err = s.attach(e.ID, e.HostIfindex, r.Attach); err == nil {
+	if e.Attach, err = s.attach(e.ID, e.HostIfindex, r.Attach); err == nil && len(forebears) > 0 {
+		err = s.detachOther(&e)
+	}
+	if err == nil {
 		err = s.locked(ctx, func() error { return s.confirm(&e) })
 	}
 	if err != nil {
@@ -96,24 +97,13 @@ func (s *State) undo(e *Endpoint) error {
 	if err != nil && !errors.Is(err, ErrNotFound) {
 		return err
 	}
-	sh, err := s.memory()
-	if err != nil {
-		return err
-	}
-	errs := []error{s.detachTCX(e.ID)}
-	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
-		errs = append(errs, detachClsact(e.HostIfindex))
-	}
-	return errors.Join(errs...)
+	return s.unhook(e)
 }
 
-func (s *State) add(r AddRequest) (Endpoint, error) {
+func (s *State) add(r AddRequest, forebears []*Endpoint) (Endpoint, error) {
 	e := r.Endpoint
 	sh, err := s.memory()
 	if err != nil {
-		return e, err
-	}
-	if err := s.evict(e.HostIfindex); err != nil {
 		return e, err
 	}
 	if e.Gate, _, err = sh.slotFor(uint32(e.HostIfindex)); err != nil {
@@ -125,6 +115,9 @@ func (s *State) add(r AddRequest) (Endpoint, error) {
 	// Recorded before anything else: DEL finds what a dying ADD leaves.
 	e.Attach = AttachAuto
 	if err := s.record(&e); err != nil {
+		return e, err
+	}
+	if err := s.inherit(&e, forebears); err != nil {
 		return e, err
 	}
 	if err := s.claim(e.Key, e.ID, e.Gate, e.Addresses); err != nil {
@@ -182,27 +175,6 @@ func zeroes[V any]() ([]V, error) {
 		return nil, fmt.Errorf("count CPUs: %w", err)
 	}
 	return make([]V, n), nil
-}
-
-// evict removes the endpoint whose gate has this interface: interface numbers
-// are reused once an interface is gone.
-func (s *State) evict(ifindex int) error {
-	sh, err := s.memory()
-	if err != nil {
-		return err
-	}
-	if _, taken, err := sh.slotFor(uint32(ifindex)); err != nil || !taken {
-		return err
-	}
-	for e, err := range s.Endpoints() {
-		if err != nil {
-			return err
-		}
-		if e.HostIfindex == ifindex {
-			return s.delete(e.Key)
-		}
-	}
-	return nil
 }
 
 func (s *State) record(e *Endpoint) error {
@@ -367,7 +339,52 @@ func (s *State) find(k AttachmentKey) (*Endpoint, error) {
 
 // end takes an endpoint away, its record last.
 func (s *State) end(e *Endpoint) error {
-	key, err := e.Key.wire()
+	if err := s.shut(e); err != nil {
+		return err
+	}
+	if err := errors.Join(s.unhook(e), s.disown(e)); err != nil {
+		return err
+	}
+	return s.forget(e.Key)
+}
+
+// shut retracts the gate: from here on the interface is closed.
+func (s *State) shut(e *Endpoint) error {
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	if e.Gate < uint32(len(sh.gates)) && sh.gates[e.Gate].Endpoint == e.ID {
+		sh.retract(e.Gate)
+	}
+	return nil
+}
+
+// unhook detaches both kinds: an ADD that died may have left either. An
+// interface whose gate is another's is not ours any more.
+func (s *State) unhook(e *Endpoint) error {
+	sh, err := s.memory()
+	if err != nil {
+		return err
+	}
+	errs := []error{s.detachTCX(e.ID)}
+	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
+		errs = append(errs, detachClsact(e.HostIfindex))
+	}
+	return errors.Join(errs...)
+}
+
+// disown ends what is known of the addresses of an endpoint.
+func (s *State) disown(e *Endpoint) error {
+	errs := []error{s.setSources(e.ID, e.Addresses, false)}
+	if len(e.Addresses) > 0 {
+		errs = append(errs, s.release(e.Key, e.Addresses))
+	}
+	return errors.Join(append(errs, s.addressesMoved())...)
+}
+
+func (s *State) forget(k AttachmentKey) error {
+	key, err := k.wire()
 	if err != nil {
 		return err
 	}
@@ -375,28 +392,6 @@ func (s *State) end(e *Endpoint) error {
 	if err != nil {
 		return err
 	}
-	sh, err := s.memory()
-	if err != nil {
-		return err
-	}
-	// From here on the interface is closed.
-	if e.Gate < uint32(len(sh.gates)) && sh.gates[e.Gate].Endpoint == e.ID {
-		sh.retract(e.Gate)
-	}
-	// Both kinds: an ADD that died may have left either. An interface whose
-	// gate is another's is not ours any more.
-	errs := []error{s.detachTCX(e.ID)}
-	if _, taken, err := sh.slotFor(uint32(e.HostIfindex)); err == nil && !taken {
-		errs = append(errs, detachClsact(e.HostIfindex))
-	}
-	errs = append(errs, s.setSources(e.ID, e.Addresses, false))
-	if len(e.Addresses) > 0 {
-		errs = append(errs, s.release(e.Key, e.Addresses))
-	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	sh.bumpEpoch()
 	return remove(m, &key)
 }
 
