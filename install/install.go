@@ -6,6 +6,7 @@
 package install
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,6 +30,8 @@ var (
 	ErrLocked = errors.New("another installer is at work")
 	// ErrRunning: a daemon runs that this installer did not start.
 	ErrRunning = errors.New("podgate sync is running")
+	// ErrWatched: a watcher runs.
+	ErrWatched = errors.New("podgate install --watch is running")
 	// ErrInTheWay: something is where a file of podgate would go.
 	ErrInTheWay = errors.New("in the way")
 )
@@ -178,7 +181,7 @@ func Install(ctx context.Context, o Options) error {
 // installation is what there is to do. It reads everything and changes nothing,
 // so that what cannot work fails before anything was done.
 func (n *node) installation() ([]step, error) {
-	merge, err := n.merge()
+	_, merge, err := n.merge()
 	if err != nil {
 		return nil, err
 	}
@@ -379,57 +382,57 @@ func unpin(ctx context.Context, o pinning.Options) error {
 	return err
 }
 
-// merge puts the entry into the file that the runtime takes.
-func (n *node) merge() ([]step, error) {
-	var f conflist.File
-	var err error
+// merge puts the entry into the file that the runtime takes, and says which that
+// is.
+func (n *node) merge() (f conflist.File, steps []step, err error) {
 	if n.Conflist != "" {
 		f, err = conflist.Load(n.Conflist)
 	} else {
 		f, err = conflist.Pick(n.ConfDir)
 	}
 	if err != nil {
-		return nil, err
+		return f, nil, err
 	}
 	for _, s := range f.Skipped {
 		n.Logger.Warn("runtimes may take no network at all because of a file that cannot be loaded", "error", s)
 	}
 	if info, err := os.Lstat(f.Path); err != nil {
-		return nil, err
-	} else if info.Mode()&fs.ModeSymlink != 0 {
+		return f, nil, err
+	} else if info.Mode()&fs.ModeSymlink != 0 && f.Form != conflist.FormSingle {
 		if f.Path, err = filepath.EvalSymlinks(f.Path); err != nil {
-			return nil, err
+			return f, nil, err
 		}
 	}
 	before, err := os.ReadFile(f.Path)
 	if err != nil {
-		return nil, err
+		return f, nil, err
 	}
 	options, err := n.entry()
 	if err != nil {
-		return nil, err
+		return f, nil, err
 	}
 	after, err := f.Merge(before, conflist.Entry{Options: options})
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Path, err)
+		return f, nil, fmt.Errorf("%s: %w", f.Path, err)
 	}
 	if f.Form == conflist.FormSingle {
-		return n.convert(f, after)
+		steps, err = n.convert(f, options)
+		return f, steps, err
 	}
 	if string(after) == string(before) {
-		return nil, nil
+		return f, nil, nil
 	}
 	ours, err := f.Merged(before)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Path, err)
+		return f, nil, fmt.Errorf("%s: %w", f.Path, err)
 	}
 	_, _, merged := n.changes.find(KindMerge, f.Path)
 	_, _, converted := n.changes.find(KindConvert, f.Path)
 	if ours && !merged && !converted {
-		return nil, fmt.Errorf("%s: %w: it has an entry of podgate-cni that was not put there by podgate install; change it, or take it out",
+		return f, nil, fmt.Errorf("%s: %w: it has an entry of podgate-cni that was not put there by podgate install; change it, or take it out",
 			f.Path, ErrInTheWay)
 	}
-	return []step{{"put podgate-cni into " + f.Path, func(context.Context) error {
+	return f, []step{{"put podgate-cni into " + f.Path, func(context.Context) error {
 		if !merged && !converted {
 			r := Record{Did: KindMerge, Path: f.Path, Form: f.Form, Undo: "take podgate-cni out of it"}
 			if err := n.keep(&r); err != nil {
@@ -490,7 +493,7 @@ func (n *node) entry() (json.RawMessage, error) {
 
 // convert writes a list beside the file of a single plugin, and then moves that
 // aside: runtimes find one of them at any time.
-func (n *node) convert(f conflist.File, list []byte) ([]step, error) {
+func (n *node) convert(f conflist.File, options json.RawMessage) ([]step, error) {
 	path := f.ListPath()
 	_, _, known := n.changes.find(KindConvert, path)
 	if _, err := os.Lstat(path); err == nil && !known {
@@ -504,13 +507,35 @@ func (n *node) convert(f conflist.File, list []byte) ([]step, error) {
 				return err
 			}
 		}
-		info, err := os.Stat(f.Path)
+		made, err := n.list(f, f.Path, path, options)
 		if err != nil {
 			return err
 		}
-		if err := n.replace(path, list, info.Mode().Perm()); err != nil {
+		if err := n.move(f.Path, aside); err != nil {
 			return err
 		}
-		return n.move(f.Path, aside)
+		// Its owner may have written it until it was moved.
+		if moved, err := os.ReadFile(aside); err != nil || bytes.Equal(moved, made) {
+			return err
+		}
+		_, err = n.list(f, aside, path, options)
+		return err
 	}}}, nil
+}
+
+// list makes a list of the single plugin in the file from, and returns what
+// that says.
+func (n *node) list(f conflist.File, from, path string, options json.RawMessage) (single []byte, err error) {
+	info, err := os.Stat(from)
+	if err != nil {
+		return nil, err
+	}
+	if single, err = os.ReadFile(from); err != nil {
+		return nil, err
+	}
+	list, err := f.Merge(single, conflist.Entry{Options: options})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", from, err)
+	}
+	return single, n.replace(path, list, info.Mode().Perm())
 }

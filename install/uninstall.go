@@ -88,9 +88,14 @@ func (u *removal) steps() (steps []step, err error) {
 	return steps, nil
 }
 
-// stopped fails if a daemon runs that no record says how to stop: it would put
-// back what is taken off.
+// stopped fails if somebody would put back what is taken off: a watcher, or a
+// daemon that no record says how to stop.
 func (u *removal) stopped() error {
+	if yes, err := watched(u.StateDir); err != nil {
+		return err
+	} else if yes {
+		return fmt.Errorf("%w: stop it first", ErrWatched)
+	}
 	if len(u.changes.of(KindUnit)) > 0 && u.Unit != nil {
 		return nil
 	}
@@ -214,8 +219,10 @@ func (u *removal) settle(ctx context.Context) error {
 }
 
 func (u *removal) unpin(ctx context.Context, r Record) error {
-	if running, err := u.Daemon(); err != nil || running {
-		return errors.Join(err, fmt.Errorf("%w: stop it", ErrRunning))
+	if running, err := u.Daemon(); err != nil {
+		return err
+	} else if running {
+		return fmt.Errorf("%w: stop it", ErrRunning)
 	}
 	pins := u.Pins
 	pins.Layout = pinning.Layout{BPFFS: filepath.Dir(r.Path), Name: filepath.Base(r.Path)}
@@ -333,7 +340,7 @@ func (u *removal) finish() error {
 		return u.replace(u.changes.path, b, 0o600)
 	}
 	// The log goes first: without it nobody looks for the copies it names.
-	for _, path := range []string{u.changes.path, temporary(u.changes.path)} {
+	for _, path := range []string{u.changes.path, temporary(u.changes.path), filepath.Join(u.StateDir, watchName)} {
 		u.point("remove " + path)
 		if err := removeIfThere(path); err != nil {
 			return err

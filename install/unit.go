@@ -7,7 +7,6 @@ package install
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -93,8 +92,10 @@ func (n *node) unit() ([]step, error) {
 	}
 	steps = append(steps, link...)
 	if _, _, ours := n.changes.find(KindUnit, n.Unit.Name); !ours {
-		if running, err := n.Daemon(); err != nil || running {
-			return nil, errors.Join(err, fmt.Errorf("%w without %s: stop it, so that systemd can start it", ErrRunning, n.Unit.Name))
+		if running, err := n.Daemon(); err != nil {
+			return nil, err
+		} else if running {
+			return nil, fmt.Errorf("%w without %s: stop it, so that systemd can start it", ErrRunning, n.Unit.Name)
 		}
 	}
 	return append(steps, step{"start " + n.Unit.Name, func(ctx context.Context) error {

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -42,6 +43,7 @@ const (
 
 func (a *app) installCommand() *cobra.Command {
 	var f installFlags
+	watch := false
 	cmd := &cobra.Command{
 		Use:   "install",
 		Short: "Put podgate on this node, for a container runtime without Kubernetes",
@@ -55,7 +57,12 @@ All that is in that file stays as it is. Everything done is recorded, so that
 completes what was interrupted.
 
 Containers that run stay as they are, without a gate, until "podgate adopt"
-gates them or they are started again.`,
+gates them or they are started again.
+
+With --watch it stays: it waits for a network that comes later, puts the entry
+back when the owner of the network writes it anew, and gates what was started
+without it. If somebody takes the entry out again and again it says so, and puts
+it back ever more seldom.`,
 		Example: `  podgate install
   podgate install --bin-dir /usr/lib/cni --options '{"mode": "open"}'
   podgate install --conflist /etc/cni/net.d/nerdctl-bridge.conflist --dry-run`,
@@ -75,6 +82,9 @@ gates them or they are started again.`,
 				}
 				o.Source = filepath.Dir(self)
 			}
+			if watch {
+				return a.watch(cmd, o)
+			}
 			var done installed
 			o.Step = done.step
 			ctx, cancel := context.WithTimeout(cmd.Context(), f.wait)
@@ -89,9 +99,36 @@ gates them or they are started again.`,
 	flags.StringVar(&f.options.Source, "from", "", "directory with podgate-cni and podgate (default where this podgate is)")
 	flags.StringVar(&f.unit.PolicyDir, "policy-dir", "/etc/podgate/policy.d", "directory of manifests for the systemd unit")
 	flags.StringVar(&f.entry, "options", "", "further keys of podgate-cni's object, as a JSON object")
+	flags.BoolVar(&watch, "watch", false, "stay, and keep podgate part of the network")
 	capacityFlags(flags, &f.capacity)
+	cmd.MarkFlagsMutuallyExclusive("watch", "dry-run")
 	complete(cmd, "systemd", systemdAuto, systemdOn, systemdOff)
 	return cmd
+}
+
+// watch keeps podgate installed until it is told to end.
+func (a *app) watch(cmd *cobra.Command, o install.Options) error {
+	if !cmd.Flags().Changed("log-level") {
+		a.logLevel = slog.LevelInfo
+	}
+	logger := a.logger()
+	o.Logger, o.Pins.Logger = logger, logger
+	o.Step = func(what string) { logger.Info(what) }
+	return install.Watcher{Options: o, Merged: func(ctx context.Context) {
+		adopted, err := install.Adopt(ctx, install.AdoptOptions{
+			ConfDir: o.ConfDir, BinDir: o.BinDir, CacheDir: o.CacheDir, Pins: o.Pins,
+		})
+		for _, c := range adopted {
+			if c.Error != "" {
+				logger.Error("container stays without a gate", "container", c, "pod", c.Pod, "network", c.Network, "error", c.Error)
+			} else {
+				logger.Info("container gated that was started before", "container", c, "pod", c.Pod, "network", c.Network, "connections", c.Connections)
+			}
+		}
+		if err != nil {
+			logger.Error("containers may be without a gate", "error", err)
+		}
+	}}.Watch(cmd.Context())
 }
 
 func (a *app) uninstallCommand() *cobra.Command {
@@ -126,7 +163,6 @@ exit code is 2. Call it again when that is settled.`,
 	flags := cmd.Flags()
 	f.shared(flags)
 	flags.DurationVar(&f.options.Settle, "settle", 2*time.Second, "time for runtimes to read the configuration before what it named goes")
-	flags.StringVar(&f.options.CacheDir, "cni-cache-dir", "/var/lib/cni", "where the runtime keeps what it attached containers with")
 	complete(cmd, "systemd", systemdAuto, systemdOn, systemdOff)
 	return cmd
 }
@@ -137,6 +173,7 @@ func (f *installFlags) shared(flags *pflag.FlagSet) {
 	flags.StringVar(&o.BinDir, "bin-dir", "/opt/cni/bin", "directory of CNI plugins")
 	flags.StringVar(&o.CommandDir, "command-dir", "/usr/local/bin", "directory for podgate itself")
 	flags.StringVar(&o.StateDir, "state-dir", "/var/lib/podgate", "directory of the record of what was done")
+	flags.StringVar(&o.CacheDir, "cni-cache-dir", "/var/lib/cni", "where the runtime keeps what it attached containers with")
 	flags.StringVar(&f.systemd, "systemd", systemdAuto, "run the daemon as a systemd unit: on, off, or auto for where systemd runs")
 	flags.StringVar(&f.unit.Dir, "unit-dir", "/etc/systemd/system", "directory of systemd units")
 	flags.DurationVar(&f.wait, "timeout", time.Minute, "longest time all of it may take")

@@ -303,3 +303,31 @@ func TestAdoptWhatCannotBe(t *testing.T) {
 		t.Errorf("adopted are %+v", adopted)
 	}
 }
+
+// Whoever writes the network anew gets podgate back into it, and what was
+// started meanwhile gets its gate.
+func TestInstallWatch(t *testing.T) {
+	r := newRuntime(t)
+	theirs, err := os.ReadFile(r.conf)
+	must(t, err)
+	must(t, os.Remove(r.conf))
+	watcher := r.background(append([]string{"install", "--watch", "--from", filepath.Join(r.node.Dir, "source"),
+		"--cni-cache-dir", filepath.Join(r.node.Dir, "cni-cache")}, r.flags...)...)
+	r.until("waiting", func() bool { return strings.Contains(watcher.logged(), "waiting for it to change") })
+	for _, name := range []string{"first", "second"} {
+		must(t, os.WriteFile(r.conf+".tmp", theirs, 0o600))
+		unmerged := r.list
+		p, _, err := r.node.AddPod(t.Context(), unmerged, netlab.PodSpec{Namespace: "default", Name: name, UID: name})
+		must(t, err)
+		t.Cleanup(func() { p.Close() })
+		must(t, os.Rename(r.conf+".tmp", r.conf))
+		r.until(name+" gated", func() bool { return states(r.status())["default/"+name] == "open" })
+		if n := len(r.network().Plugins); n != 2 {
+			t.Errorf("the list has %d plugins", n)
+		}
+	}
+	watcher.end(t, unix.SIGTERM)
+	if log := watcher.logged(); !strings.Contains(log, "podgate had been taken out of the network") {
+		t.Errorf("log:\n%s", log)
+	}
+}

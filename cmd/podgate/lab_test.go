@@ -125,7 +125,7 @@ func (l *lab) json(want int, into any, args ...string) {
 	}
 }
 
-// daemon is a running podgate sync.
+// daemon is a podgate that stays, as sync does.
 type daemon struct {
 	cmd *exec.Cmd
 	mu  sync.Mutex
@@ -153,7 +153,13 @@ func (l *lab) sync(args ...string) *daemon {
 // start starts the daemon.
 func (l *lab) start(args ...string) *daemon {
 	l.t.Helper()
-	d := &daemon{cmd: l.command(context.Background(), append([]string{"sync", "--node-name", "n1"}, args...)...)}
+	return l.background(append([]string{"sync", "--node-name", "n1"}, args...)...)
+}
+
+// background starts a command that stays.
+func (l *lab) background(args ...string) *daemon {
+	l.t.Helper()
+	d := &daemon{cmd: l.command(context.Background(), args...)}
 	d.cmd.Stderr = d
 	if err := l.node.Do(d.cmd.Start); err != nil {
 		l.t.Fatal(err)

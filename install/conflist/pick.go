@@ -193,6 +193,31 @@ func (f File) Merged(b []byte) (merged bool, err error) {
 	}
 }
 
+// Plugins are the types of the plugins in the bytes of the file, as far as they
+// can be read.
+func (f File) Plugins(b []byte) (types []string) {
+	read := func(list []byte) ([]byte, error) {
+		c, err := read(list)
+		if err == nil {
+			for _, p := range c.Plugins {
+				types = append(types, p.Network.Type)
+			}
+		}
+		return list, err
+	}
+	switch f.Form {
+	case FormSingle:
+		if plugin, err := libcni.NetworkPluginConfFromBytes(b); err == nil {
+			types = []string{plugin.Network.Type}
+		}
+	case FormDelegate:
+		_, _ = inDelegate(b, read)
+	default:
+		_, _ = read(b)
+	}
+	return types
+}
+
 // FromSingle makes a list of the configuration of one plugin, with the name and
 // version of that. It fails with [ErrList].
 func FromSingle(b []byte) ([]byte, error) {
