@@ -23,8 +23,10 @@ type follower struct {
 	*contact
 	source *Source
 
-	// Under the source's lock: the objects, and whether they are all there.
+	// Under the source's lock: the objects, those with a fault, and whether all
+	// are there.
 	items  map[manifest.Key]item
+	faulty map[manifest.Key]struct{}
 	synced bool
 }
 
@@ -53,7 +55,7 @@ func (s *Source) follow(r resource) (*follower, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &follower{resource: r, source: s, items: make(map[manifest.Key]item)}
+	f := &follower{resource: r, source: s, items: make(map[manifest.Key]item), faulty: make(map[manifest.Key]struct{})}
 	f.contact = &contact{ListerWatcherWithContext: lw, changed: s.notify}
 	return f, nil
 }
@@ -144,6 +146,9 @@ func (f *follower) set(t *translated) {
 		return
 	}
 	f.items[t.key] = t.item
+	if delete(f.faulty, t.key); t.fault != "" {
+		f.faulty[t.key] = struct{}{}
+	}
 	f.touch(t.key)
 }
 
@@ -151,6 +156,7 @@ func (f *follower) set(t *translated) {
 func (f *follower) remove(key manifest.Key) {
 	if _, ok := f.items[key]; ok {
 		delete(f.items, key)
+		delete(f.faulty, key)
 		f.touch(key)
 	}
 }
