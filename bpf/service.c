@@ -135,13 +135,16 @@ __noinline __u32 sender(void)
 	return SLOT_UNKNOWN;
 }
 
-/* Is the source address of the packet in scratch one that the pod may use? */
+/*
+ * Is the source address of the packet in scratch one that the pod may use? Where
+ * nodes share a kernel the tag may be of another node's pod, and name any slot.
+ */
 __noinline int is_senders(__u32 slot)
 {
 	struct gate *gate = bpf_map_lookup_elem(&gates, &slot);
 	struct scratch *s = scratch_get();
 
-	return s && gate &&
+	return s && gate && gate->endpoint &&
 	       (!(gate->flags & GATE_ANTI_SPOOF) ||
 		is_own(gate, &s->packet.key.local));
 }

@@ -339,6 +339,61 @@ func TestServiceWithoutTag(t *testing.T) {
 	}
 }
 
+// TestServiceForeignTag has packets come in with the tag of another node, as
+// they do where nodes share a kernel: it names no gate of this one.
+func TestServiceForeignTag(t *testing.T) {
+	p := newPlaza(t, true, false)
+	outside := service(1, policy.TCP, 8080, buddy)
+	p.set(outside)
+	// Neighbours know each other from now on: only what pods send has a tag.
+	for _, to := range outside.Frontends {
+		if who, err := ask(p.far, "tcp", 0, to, patience(true)); who != "good2" {
+			t.Errorf("without a tag %s is answered by %q, %v", to, who, err)
+		}
+	}
+	var uplink netlink.Link
+	slots := map[string]int{"no gate": 1}
+	p.must(p.Do(func() (err error) {
+		for name := range p.pods {
+			l, err := netlink.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			slots[name] = l.Attrs().Index
+		}
+		uplink, err = netlink.LinkByName("uplink")
+		if err != nil {
+			return err
+		}
+		return netlink.QdiscAdd(&netlink.GenericQdisc{
+			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: uplink.Attrs().Index, Handle: netlink.MakeHandle(0xffff, 0), Parent: netlink.HANDLE_CLSACT},
+			QdiscType:  "clsact",
+		})
+	}))
+	for name, slot := range slots {
+		const tcIndex = 44 // of struct __sk_buff
+		tagged, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+			asm.Mov.Imm(asm.R2, int32(slot+1)), asm.StoreMem(asm.R1, tcIndex, asm.R2, asm.Word),
+			asm.Mov.Imm(asm.R0, -1), asm.Return(),
+		}})
+		p.must(err)
+		p.must(p.Do(func() error {
+			return netlink.FilterReplace(&netlink.BpfFilter{
+				FilterAttrs: netlink.FilterAttrs{
+					LinkIndex: uplink.Attrs().Index, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1, Priority: 1, Protocol: unix.ETH_P_ALL,
+				},
+				Fd: tagged.FD(), Name: "tagged", DirectAction: true,
+			})
+		}))
+		for _, to := range outside.Frontends {
+			if who, err := ask(p.far, "tcp", 0, to, patience(true)); who != "good2" {
+				t.Errorf("with the tag of %s, %s is answered by %q, %v", name, to, who, err)
+			}
+		}
+		p.must(tagged.Close())
+	}
+}
+
 // links are the netfilter links and what they run.
 func (p *plaza) links() map[string][2]uint32 {
 	p.t.Helper()
