@@ -209,9 +209,9 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	struct scratch *s = scratch_get();
 	struct gate *gate = gate_at(where);
 	__u32 dir = WHERE_DIR(where);
-	struct event *e = NULL;
 	struct judgement *j;
 	struct packet *p;
+	struct event *e;
 	struct flow *f;
 	__u64 now_ns;
 	int err;
@@ -252,23 +252,35 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
 	f->packets[dir] = 1;
 	f->bytes[dir] = skb->len;
 	flow_touch(f, bpf_jiffies64());
-	if (j->reason != REASON_SERVICE)
-		e = record(skb, s,
-			   f->verdict == VERDICT_ALLOWED ? EVENT_FLOW :
-							   EVENT_AUDIT,
-			   dir, now_ns);
-	err = bpf_map_update_elem(&flows, &p->key, f, flags);
-	if (err) {
-		if (e)
-			bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
-		if (err == -EEXIST)
-			return CONTINUE;
-		return refuse_for(skb, REASON_TABLE, where);
+	if (j->reason == REASON_SERVICE) {
+		err = bpf_map_update_elem(&flows, &p->key, f, flags);
+		if (!err)
+			return defer(&p->key, where, 0, 0);
+		return err == -EEXIST ? CONTINUE :
+					refuse_for(skb, REASON_TABLE, where);
 	}
-	if (e)
-		submit(s, e);
-	if (j->reason == REASON_SERVICE)
-		return defer(&p->key, where, 0, 0);
+	/*
+	 * Whether there is a record is asked once: 5.10 forgets what an
+	 * earlier look has found, and takes it for leaked.
+	 */
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (e) {
+		fill(e, s, skb->len, skb->ifindex,
+		     f->verdict == VERDICT_ALLOWED ? EVENT_FLOW : EVENT_AUDIT,
+		     dir, now_ns);
+		err = bpf_map_update_elem(&flows, &p->key, f, flags);
+		if (err)
+			bpf_ringbuf_discard(e, BPF_RB_NO_WAKEUP);
+		else
+			submit(s, e);
+	} else {
+		lose();
+		err = bpf_map_update_elem(&flows, &p->key, f, flags);
+	}
+	if (err == -EEXIST)
+		return CONTINUE;
+	if (err)
+		return refuse_for(skb, REASON_TABLE, where);
 	if (j->rule)
 		count_rule(skb->len, j->rule);
 	count(skb->len, WHERE_SLOT(where), dir, true);

@@ -191,9 +191,11 @@ static __always_inline void emit_service(struct scratch *s, __u32 type,
 
 	if (type == EVENT_DROP && repeats(s, DIRECTION_EGRESS))
 		return;
-	e = reserve(sizeof(*e));
-	if (!e)
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		lose();
 		return;
+	}
 	fill(&e->event, s, length, ifindex, type, DIRECTION_EGRESS, tick_ns(s));
 	__builtin_memset(&e->frontend, 0,
 			 sizeof(*e) - offsetof(struct service_event, frontend));

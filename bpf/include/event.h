@@ -83,18 +83,14 @@ static __always_inline bool repeats(struct scratch *s, __u32 dir)
 	return same;
 }
 
-static __always_inline void *reserve(__u64 size)
+/* The ring had no room for a record. */
+static __always_inline void lose(void)
 {
-	void *e = bpf_ringbuf_reserve(&events, size, 0);
+	__u32 zero = 0;
+	__u64 *lost = bpf_map_lookup_elem(&lost_events, &zero);
 
-	if (!e) {
-		__u32 zero = 0;
-		__u64 *lost = bpf_map_lookup_elem(&lost_events, &zero);
-
-		if (lost)
-			(*lost)++;
-	}
-	return e;
+	if (lost)
+		(*lost)++;
 }
 
 /* Writes down what scratch holds. */
@@ -131,18 +127,6 @@ static __always_inline void fill(struct event *e, const struct scratch *s,
 	e->reserved[1] = 0;
 }
 
-/* The record of what scratch holds, for whoever submits it; NULL if full. */
-static __always_inline struct event *record(struct __sk_buff *skb,
-					    struct scratch *s, __u32 type,
-					    __u32 dir, __u64 now_ns)
-{
-	struct event *e = reserve(sizeof(*e));
-
-	if (e)
-		fill(e, s, skb->len, skb->ifindex, type, dir, now_ns);
-	return e;
-}
-
 static __always_inline void submit(struct scratch *s, void *e)
 {
 	__u64 flags = BPF_RB_NO_WAKEUP;
@@ -165,8 +149,12 @@ __noinline int emit(struct __sk_buff *skb, __u32 type, __u32 dir)
 
 	if (!s || (type == EVENT_DROP && repeats(s, dir)))
 		return 0;
-	e = record(skb, s, type, dir, tick_ns(s));
-	if (e)
-		submit(s, e);
+	e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
+	if (!e) {
+		lose();
+		return 0;
+	}
+	fill(e, s, skb->len, skb->ifindex, type, dir, tick_ns(s));
+	submit(s, e);
 	return 0;
 }
