@@ -4,6 +4,7 @@
 package apiserver
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 
@@ -11,10 +12,13 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/watch"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/clientcmd"
@@ -113,6 +117,9 @@ func (c *clients) group(g schema.GroupVersion) (rest.Interface, error) {
 
 // listWatch lists and watches a resource.
 func (c *clients) listWatch(r *resource) (*cache.ListWatch, error) {
+	if _, raw := r.example.(*unstructured.Unstructured); raw {
+		return c.listWatchRaw(r)
+	}
 	client, err := c.group(r.group)
 	if err != nil {
 		return nil, err
@@ -122,4 +129,22 @@ func (c *clients) listWatch(r *resource) (*cache.ListWatch, error) {
 		selector = fields.OneTermEqualSelector(metav1.ObjectNameField, r.name)
 	}
 	return cache.NewListWatchFromClient(client, r.plural, metav1.NamespaceAll, selector), nil
+}
+
+// listWatchRaw lists and watches a resource with all the fields the server
+// has, also those that this process has no type for.
+func (c *clients) listWatchRaw(r *resource) (*cache.ListWatch, error) {
+	client, err := dynamic.NewForConfigAndClient(dynamic.ConfigFor(c.config), c.http)
+	if err != nil {
+		return nil, fmt.Errorf("API server %s: %w", c.config.Host, err)
+	}
+	all := client.Resource(r.group.WithResource(r.plural))
+	return &cache.ListWatch{
+		ListWithContextFunc: func(ctx context.Context, options metav1.ListOptions) (runtime.Object, error) {
+			return all.List(ctx, options)
+		},
+		WatchFuncWithContext: func(ctx context.Context, options metav1.ListOptions) (watch.Interface, error) {
+			return all.Watch(ctx, options)
+		},
+	}, nil
 }

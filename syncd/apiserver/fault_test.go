@@ -6,9 +6,12 @@
 package apiserver
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"strings"
 	"testing"
@@ -106,6 +109,24 @@ func TestFaults(t *testing.T) {
 			})
 		})
 	}
+	t.Run("a later server", func(t *testing.T) {
+		config := plane.Config(controlplane.AdminToken)
+		config.Wrap(func(next http.RoundTripper) http.RoundTripper { return later{next} })
+		m := run(t, config)
+		c.policy("elsewhere", "timed", networkingv1.NetworkPolicySpec{Ingress: []networkingv1.NetworkPolicyIngressRule{{
+			From: []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{}}},
+		}}})
+		key := manifest.Key{Kind: manifest.KindNetworkPolicy, Namespace: "elsewhere", Name: "timed"}
+		m.says(key, "isolates [true false], 1 in, 0 out")
+		m.until("named", func() bool {
+			return hasProblem(m.problems, "spec.ingress[0].hours: Forbidden: this version of podgate does not know")
+		})
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if r := m.objects[key].Policy.Rules[policy.Ingress][0]; !nothing(r) {
+			t.Errorf("rule %+v", r)
+		}
+	})
 	t.Run("events", func(t *testing.T) {
 		key := store("elsewhere", "cidr", `{"podSelector": {}, "ingress": [{"from": [{"ipBlock": {"cidr": "x"}}]}]}`)
 		m.says(key, "isolates [true false], 1 in, 0 out")
@@ -163,6 +184,50 @@ func TestFaults(t *testing.T) {
 			t.Errorf("%d peers", n)
 		}
 	})
+}
+
+// later is a server whose policies have a field that nobody knows here.
+type later struct{ http.RoundTripper }
+
+func (l later) RoundTrip(r *http.Request) (*http.Response, error) {
+	response, err := l.RoundTripper.RoundTrip(r)
+	if err != nil || !strings.Contains(r.URL.Path, "networkpolicies") {
+		return response, err
+	}
+	in := response.Body
+	body, out := pipe(in)
+	response.Body = body
+	go func() {
+		lines := bufio.NewReader(in)
+		for {
+			line, err := lines.ReadString('\n')
+			_, failed := io.WriteString(out, strings.ReplaceAll(line, `"ingress":[{"from"`, `"ingress":[{"hours":"9-17","from"`))
+			if err != nil || failed != nil {
+				out.CloseWithError(err)
+				return
+			}
+		}
+	}()
+	return response, nil
+}
+
+// pipe is a body that ends with the one it stands for.
+func pipe(in io.Closer) (io.ReadCloser, *io.PipeWriter) {
+	r, w := io.Pipe()
+	return struct {
+		io.Reader
+		io.Closer
+	}{r, closers{in, r}}, w
+}
+
+type closers []io.Closer
+
+func (c closers) Close() error {
+	var errs []error
+	for _, one := range c {
+		errs = append(errs, one.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // TestOutages lets the server go, hang, and refuse the daemon.

@@ -15,6 +15,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
@@ -76,7 +77,7 @@ func New(opts Options) (*Source, error) {
 	for _, r := range []resource{
 		{kind: manifest.KindPod, plural: "pods", group: core, example: &corev1.Pod{}},
 		{kind: manifest.KindNamespace, plural: "namespaces", group: core, example: &corev1.Namespace{}},
-		{kind: manifest.KindNetworkPolicy, plural: "networkpolicies", group: networkingv1.SchemeGroupVersion, example: &networkingv1.NetworkPolicy{}},
+		{kind: manifest.KindNetworkPolicy, plural: "networkpolicies", group: networkingv1.SchemeGroupVersion, example: &unstructured.Unstructured{}},
 		{kind: manifest.KindService, plural: "services", group: core, example: &corev1.Service{}},
 		{kind: manifest.KindEndpointSlice, plural: "endpointslices", group: discoveryv1.SchemeGroupVersion, example: &discoveryv1.EndpointSlice{}},
 		{kind: kindNode, plural: "nodes", group: core, example: &corev1.Node{}, name: opts.Node},

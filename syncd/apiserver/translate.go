@@ -9,6 +9,7 @@ import (
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/podgate/podgate/syncd/manifest"
@@ -29,7 +30,7 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 		t.object, t.relevant = manifest.Object{Key: t.key}, true
 		return t, nil
 	}
-	object, err := manifest.Translate(obj)
+	object, err := objectOf(obj)
 	var invalid *manifest.InvalidError
 	switch {
 	case errors.As(err, &invalid):
@@ -39,6 +40,18 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 	}
 	t.object, t.relevant = object, f.source.relevant(&object)
 	return t, nil
+}
+
+func objectOf(obj runtime.Object) (manifest.Object, error) {
+	raw, ok := obj.(*unstructured.Unstructured)
+	if !ok {
+		return manifest.Translate(obj)
+	}
+	text, err := raw.MarshalJSON()
+	if err != nil {
+		return manifest.Object{}, err
+	}
+	return manifest.PolicyFromJSON(text)
 }
 
 // relevant leaves out what has no address: pods elsewhere before they start and

@@ -115,7 +115,7 @@ func translateRule(namespace, verb string, peers []networkingv1.NetworkPolicyPee
 		errs = append(errs, e...)
 	}
 	if len(errs) > 0 {
-		rule = policy.Rule{Action: policy.Allow, Text: rule.Text}
+		rule = nothing(rule)
 	}
 	return rule, errs
 }
