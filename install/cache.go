@@ -49,7 +49,13 @@ func (n *node) forgetAttachments() (users []string, err error) {
 		}
 		changed, uses := withoutEntry(b)
 		if changed != nil {
-			if err := n.exchange(path, changed); err != nil {
+			err := n.exchange(path, changed)
+			// A file system that cannot exchange: the plugin has to stay.
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+				n.Logger.Warn("cache of libcni stays as it is", "error", err)
+				uses, err = true, nil
+			}
+			if err != nil {
 				return nil, err
 			}
 		}

@@ -190,12 +190,14 @@ func (n *node) installation() ([]step, error) {
 		dirs = append(dirs, n.Unit.Dir, filepath.Dir(n.Unit.wanted()), n.Unit.PolicyDir)
 	}
 	steps := n.directories(dirs)
+	// Before the binaries: a plugin that does not fit what is pinned would fail
+	// every ADD.
+	steps = append(steps, step{"set up the pinned state in " + n.Pins.Layout.Dir(), n.pin})
 	binaries, err := n.binaries()
 	if err != nil {
 		return nil, err
 	}
 	steps = append(steps, binaries...)
-	steps = append(steps, step{"set up the pinned state in " + n.Pins.Layout.Dir(), n.pin})
 	if n.Unit != nil {
 		unit, err := n.unit()
 		if err != nil {

@@ -22,6 +22,7 @@ import (
 
 	"github.com/podgate/podgate/conf"
 	"github.com/podgate/podgate/install/conflist"
+	"github.com/podgate/podgate/pinning"
 )
 
 func TestInstall(t *testing.T) {
@@ -223,6 +224,20 @@ func TestUpgrade(t *testing.T) {
 	}
 	h.uninstall()
 	h.wantTree("uninstalled", h.tree(), before)
+}
+
+// A version that does not fit what is pinned must not become the plugin: every
+// ADD would fail.
+func TestUpgradeThatDoesNotFit(t *testing.T) {
+	h := newHost(t)
+	h.install()
+	before := h.tree()
+	h.write(filepath.Join(h.Source, "podgate-cni"), "of another ABI")
+	h.ensure = func(context.Context, pinning.Options) error { return pinning.ErrABI }
+	if err := Install(t.Context(), h.Options); !errors.Is(err, pinning.ErrABI) {
+		t.Errorf("got %v, want ErrABI", err)
+	}
+	h.wantTree("refused", h.tree(), before)
 }
 
 // The main plugin's owner writes what it likes; podgate's entry is taken out of

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -149,6 +150,46 @@ func TestFromSingle(t *testing.T) {
 	} {
 		if _, err := f.Merge([]byte(text), Entry{}); !errors.Is(err, fails) {
 			t.Errorf("%s: %v, want %v", text, err, fails)
+		}
+	}
+}
+
+func TestGated(t *testing.T) {
+	dir := t.TempDir()
+	gated := func(name string) string {
+		return `{"cniVersion":"1.0.0","name":"` + name + `","plugins":[{"type":"bridge"},{"type":"podgate-cni"}]}`
+	}
+	for file, text := range map[string]string{
+		"00-multus.conf":  `{"name":"m","type":"multus","delegates":[` + gated("inner") + `]}`,
+		"10-one.conflist": gated("one"), "20-two.conflist": gated("two"),
+		"30-not.conflist": flannelList, "40-single.conf": bridgeSingle, "50-broken.conflist": "{", "60-same-name.conflist": gated("one"),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	networks, err := Gated(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, n := range networks {
+		names = append(names, n.Name)
+		if len(n.Plugins) != 2 {
+			t.Errorf("network %s has %d plugins", n.Name, len(n.Plugins))
+		}
+	}
+	if want := []string{"inner", "one", "two"}; !slices.Equal(names, want) {
+		t.Errorf("got %v, want %v", names, want)
+	}
+	for text, form := range map[string]Form{
+		gated("x"): FormList, bridgeSingle: FormSingle, multusInline: FormDelegate, "{": FormList,
+	} {
+		want := map[string][]string{
+			gated("x"): {"bridge", "podgate-cni"}, bridgeSingle: {"bridge"}, multusInline: {"flannel"},
+		}[text]
+		if got := (File{Form: form}).Plugins([]byte(text)); !slices.Equal(got, want) {
+			t.Errorf("plugins of %s are %v", text, got)
 		}
 	}
 }
