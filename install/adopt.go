@@ -17,6 +17,8 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -90,14 +92,16 @@ func Adopt(ctx context.Context, o AdoptOptions) ([]Adopted, error) {
 		} else if !errors.Is(err, pinning.ErrNotFound) {
 			return adopted, err
 		}
-		if ns.IsNSorErr(at.NetNS) != nil {
+		done := Adopted{AttachmentKey: key, Network: at.Network, Pod: podOf(at)}
+		result, err := a.result(networks[i], at)
+		if err == nil && ns.IsNSorErr(at.NetNS) != nil {
 			continue // The cache has outlived the container.
 		}
-		done := Adopted{AttachmentKey: key, Network: at.Network, Pod: podOf(at)}
-		if !o.DryRun {
-			if done.Connections, err = a.adopt(ctx, networks[i], at, key); err != nil {
-				done.Error = err.Error()
-			}
+		if err == nil && !o.DryRun {
+			done.Connections, err = a.adopt(ctx, networks[i], at, result)
+		}
+		if err != nil {
+			done.Error = err.Error()
 		}
 		adopted = append(adopted, done)
 	}
@@ -111,8 +115,36 @@ type adoption struct {
 	cni   *libcni.CNIConfig
 }
 
-func (a *adoption) adopt(ctx context.Context, list *libcni.NetworkConfigList, at *libcni.NetworkAttachment, key pinning.AttachmentKey) (int, error) {
-	config, err := a.config(list, at)
+// result is what the plugins of then have made. Where the cache does not name
+// the network namespace, as that of older libcni does not, the result does.
+func (a *adoption) result(list *libcni.NetworkConfigList, at *libcni.NetworkAttachment) (types.Result, error) {
+	result, err := a.cni.GetNetworkListCachedResult(list, &libcni.RuntimeConf{ContainerID: at.ContainerID, IfName: at.IfName})
+	if err != nil {
+		return nil, err
+	}
+	if result == nil {
+		return nil, fmt.Errorf("the runtime has no result of network %s", list.Name)
+	}
+	if at.NetNS != "" {
+		return result, nil
+	}
+	r, err := types100.NewResultFromResult(result)
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range r.Interfaces {
+		if i.Name == at.IfName && i.Sandbox != "" {
+			at.NetNS = i.Sandbox
+		}
+	}
+	if at.NetNS == "" {
+		return nil, errors.New("the runtime has not kept its network namespace")
+	}
+	return result, nil
+}
+
+func (a *adoption) adopt(ctx context.Context, list *libcni.NetworkConfigList, at *libcni.NetworkAttachment, result types.Result) (int, error) {
+	config, err := config(list, at, result)
 	if err != nil {
 		return 0, err
 	}
@@ -125,6 +157,7 @@ func (a *adoption) adopt(ctx context.Context, list *libcni.NetworkConfigList, at
 	}, a.exec); err != nil {
 		return 0, err
 	}
+	key := pinning.AttachmentKey{ContainerID: at.ContainerID, IfName: at.IfName}
 	e, _, err := a.state.Endpoint(key)
 	if errors.Is(err, pinning.ErrNotFound) {
 		return 0, nil // Of a kind that the list says to leave alone.
@@ -140,15 +173,7 @@ func (a *adoption) adopt(ctx context.Context, list *libcni.NetworkConfigList, at
 }
 
 // config is what libcni would give podgate-cni (CNI specification, section 2).
-func (a *adoption) config(list *libcni.NetworkConfigList, at *libcni.NetworkAttachment) (*libcni.PluginConfig, error) {
-	rt := &libcni.RuntimeConf{ContainerID: at.ContainerID, NetNS: at.NetNS, IfName: at.IfName, Args: at.CniArgs, CapabilityArgs: at.CapabilityArgs}
-	result, err := a.cni.GetNetworkListCachedResult(list, rt)
-	if err != nil {
-		return nil, err
-	}
-	if result == nil {
-		return nil, fmt.Errorf("the runtime has no result of network %s", list.Name)
-	}
+func config(list *libcni.NetworkConfigList, at *libcni.NetworkAttachment, result types.Result) (*libcni.PluginConfig, error) {
 	i := slices.IndexFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Type == pluginName })
 	if i < 0 {
 		return nil, fmt.Errorf("network %s: %w", list.Name, conflist.ErrNoPlugins)

@@ -91,7 +91,12 @@ func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflis
 	}
 	defer log.Close()
 
-	c.process = exec.Command("containerd", "--config", file.Name())
+	// libcni's cache is where it always is, and its own.
+	if err := os.MkdirAll(c.cache(), 0o700); err != nil {
+		return nil, err
+	}
+	c.process = exec.Command("sh", "-c", `mkdir -p /var/lib/cni && mount --bind "$1" /var/lib/cni && exec containerd --config "$2"`,
+		"containerd", c.cache(), file.Name())
 	c.process.Stdout, c.process.Stderr = log, log
 	// Its mounts end with it and with its pods.
 	c.process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
@@ -119,6 +124,12 @@ func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflis
 	}
 	return c, nil
 }
+
+// cache is the directory that containerd has as /var/lib/cni.
+func (c *containerd) cache() string { return filepath.Join(filepath.Dir(c.log), "cni") }
+
+// networks is the directory of network configurations.
+func (c *containerd) networks() string { return filepath.Join(filepath.Dir(c.log), "net.d") }
 
 // waitReady returns when both conditions that a kubelet looks at hold.
 func (c *containerd) waitReady(ctx context.Context) error {

@@ -82,7 +82,7 @@ func TestContainerd(t *testing.T) {
 	}
 	podgate("sync", "--policy-dir", policy, "--once")
 
-	c := run(t, node)
+	c := run(t, node, node.Podgate())
 	pods := map[string]*pod{}
 	for _, name := range []string{"server", "client", "stranger"} {
 		if pods[name], err = c.runPod(t.Context(), "default", name, "uid-"+name); err != nil {
@@ -133,14 +133,14 @@ func build(t *testing.T) string {
 	return dir
 }
 
-// run starts containerd with bridge and podgate as its network. cniVersion is
-// the highest that Debian 12's containerd speaks.
-func run(t *testing.T, node *netlab.Node) *containerd {
+// run starts containerd with bridge, and what comes after it, as its network.
+// cniVersion is the highest that Debian 12's containerd speaks.
+func run(t *testing.T, node *netlab.Node, after ...netlab.Plugin) *containerd {
 	t.Helper()
 	c, err := startContainerd(t.Context(), node, netlab.Conflist{
 		CNIVersion: "1.0.0",
 		Name:       "lab",
-		Plugins:    []netlab.Plugin{node.Bridge("cni0", "10.88.0.0/24", "fd88::/64"), node.Podgate()},
+		Plugins:    append([]netlab.Plugin{node.Bridge("cni0", "10.88.0.0/24", "fd88::/64")}, after...),
 	})
 	if err != nil {
 		t.Fatal(err)
