@@ -51,6 +51,10 @@ func (u MapUsage) Consequence() string {
 
 // Usage of the pinned maps, by name.
 func (s *State) Usage() ([]MapUsage, error) {
+	now, err := jiffies()
+	if err != nil {
+		return nil, err
+	}
 	var out []MapUsage
 	for _, name := range mapNames() {
 		m, err := s.m(name)
@@ -63,7 +67,7 @@ func (s *State) Usage() ([]MapUsage, error) {
 		}
 		switch m.Type() {
 		case ebpf.LRUHash:
-			u.Used, err = alive(name, m)
+			u.Used, err = alive(name, m, now)
 		case ebpf.Hash, ebpf.LPMTrie:
 			u.Used, err = count(m)
 		default:
@@ -77,11 +81,7 @@ func (s *State) Usage() ([]MapUsage, error) {
 }
 
 // alive counts entries that have not expired; -1 where they do not expire.
-func alive(name string, m *ebpf.Map) (int, error) {
-	now, err := jiffies()
-	if err != nil {
-		return 0, err
-	}
+func alive(name string, m *ebpf.Map, now uint64) (int, error) {
 	switch name {
 	case bpf.DatapathMapFlows:
 		return countIf[bpf.DatapathFlowKey](m, func(f *bpf.DatapathFlow) bool { return int64(now-f.Expires) <= 0 })
