@@ -35,15 +35,12 @@ func (m ServicesMode) String() string {
 	case ServicesNone:
 		return "none"
 	case ServicesBefore:
-		return "before-translation"
+		return "before translation"
 	case ServicesAfter:
-		return "after-translation"
+		return "after translation"
 	}
 	return fmt.Sprintf("mode-%d", uint32(m))
 }
-
-// MarshalText gives the name of the mode.
-func (m ServicesMode) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
 
 // natHook is where after_nat sees packets: behind DNAT, whose priority is -100,
 // and before filters, at 0, which reject what nothing translates.
@@ -104,8 +101,11 @@ func (s *State) afterNAT() error {
 	}
 	p, err := s.program(bpf.ServiceProgAfterNat)
 	if errors.Is(err, ErrNotInstalled) {
-		if err := s.loadAfterNAT(); err != nil {
-			return err
+		if s.noAfterNAT == nil {
+			s.noAfterNAT = s.loadAfterNAT()
+		}
+		if s.noAfterNAT != nil {
+			return s.noAfterNAT
 		}
 		p, err = s.program(bpf.ServiceProgAfterNat)
 	}
@@ -245,14 +245,28 @@ func (s *State) servicesAttached() error {
 // repairServices attaches after_nat again where somebody removed it. Where that
 // cannot be, Services are judged before translation.
 func (s *State) repairServices() ([]Repaired, error) {
-	lost := s.servicesAttached()
-	if lost == nil {
-		return nil, nil
+	mode, err := s.ServicesMode()
+	if err != nil || mode == ServicesNone {
+		return nil, err
 	}
-	if err := s.afterNAT(); err != nil {
-		return nil, errors.Join(lost, err, s.setServicesMode(ServicesBefore))
+	lost := s.servicesAttached()
+	if err := s.judgeServices(); err != nil || lost == nil {
+		return nil, err
 	}
 	return []Repaired{{What: lost.Error() + ": attached again"}}, nil
+}
+
+// judgeServices puts the best mode into force that can be: IPVS may come and
+// go.
+func (s *State) judgeServices() error {
+	err := s.afterNAT()
+	if err == nil {
+		return s.setServicesMode(ServicesAfter)
+	}
+	if mode, _ := s.ServicesMode(); mode != ServicesBefore && !s.private {
+		s.log.Warn("Services are judged before translation, by all of their backends", "because", err)
+	}
+	return s.setServicesMode(ServicesBefore)
 }
 
 // upgradeServices puts this binary's after_nat into the place of another one.

@@ -233,14 +233,7 @@ func (w *serviceWriter) chooseMode(any bool) error {
 	if !any {
 		return nil
 	}
-	err := w.afterNAT()
-	if err == nil {
-		return w.setServicesMode(ServicesAfter)
-	}
-	if !w.private {
-		w.log.Warn("Services are judged before translation, by all of their backends", "because", err)
-	}
-	return w.setServicesMode(ServicesBefore)
+	return w.judgeServices()
 }
 
 // publish makes frontends lead to the Services of now. An address is marked
@@ -509,4 +502,28 @@ func frontendOf(k bpf.DatapathFrontendKey) netip.AddrPort {
 // frontendTag is frontend_tag of bpf/include/judge.h.
 func frontendTag(k bpf.DatapathFrontendKey) uint16 {
 	return tag(k.Address) ^ k.Port ^ uint16(k.Protocol)
+}
+
+// ServiceAt names the Service with a frontend at an address. It returns
+// [ErrNotFound] if there is none.
+func (s *State) ServiceAt(f netip.AddrPort, p policy.Protocol) (Service, error) {
+	frontends, err := s.m(bpf.DatapathMapFrontends)
+	if err != nil {
+		return Service{}, err
+	}
+	var lead bpf.DatapathFrontend
+	if err := lookup(frontends, frontendKey(f, p), &lead); err != nil {
+		return Service{}, fmt.Errorf("frontend %s: %w", f, err)
+	}
+	table, err := s.m(bpf.DatapathMapServices)
+	if err != nil {
+		return Service{}, err
+	}
+	var v bpf.DatapathService
+	if err := lookup(table, lead.Service, &v); err != nil {
+		return Service{}, fmt.Errorf("service %d: %w", lead.Service, err)
+	}
+	return Service{
+		Namespace: text(v.Namespace[:]), Name: text(v.Name[:]), PortName: text(v.PortName[:]), Protocol: p,
+	}, nil
 }

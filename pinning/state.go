@@ -57,6 +57,8 @@ type State struct {
 	shared   *shared
 	applied  *applied
 	services *services
+	// noAfterNAT is why this kernel cannot have after_nat.
+	noAfterNAT error
 
 	// watches read shared memory until they are stopped.
 	watches     sync.WaitGroup

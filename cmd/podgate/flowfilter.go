@@ -113,7 +113,9 @@ func (f *flowFilter) matchesPeer(r *flowReport) bool {
 		return true
 	}
 	return slices.ContainsFunc(f.peers, func(p string) bool { return isPod(p, r.Peer) }) ||
-		slices.ContainsFunc(f.prefixes, func(p netip.Prefix) bool { return p.Contains(r.PeerAddress) })
+		slices.ContainsFunc(f.prefixes, func(p netip.Prefix) bool {
+			return p.Contains(r.PeerAddress) || p.Contains(r.Frontend.Addr()) || p.Contains(r.Backend.Addr())
+		})
 }
 
 func isPod(text, pod string) bool {

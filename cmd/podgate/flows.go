@@ -36,13 +36,18 @@ type flowReport struct {
 	Peer         string     `json:"peer,omitempty"`
 	LocalAddress netip.Addr `json:"localAddress"`
 	PeerAddress  netip.Addr `json:"peerAddress"`
-	LocalPort    uint16     `json:"localPort,omitempty"`
-	PeerPort     uint16     `json:"peerPort,omitempty"`
-	Protocol     string     `json:"protocol"`
-	Detail       string     `json:"detail,omitempty"`
-	Policy       string     `json:"policy,omitempty"`
-	Rule         string     `json:"rule,omitempty"`
-	Length       uint32     `json:"length,omitempty"`
+	// Service that was asked for, Frontend where, and Backend that it was
+	// translated to, as far as they are not the peer and known.
+	Service   string         `json:"service,omitempty"`
+	Frontend  netip.AddrPort `json:"frontend,omitzero"`
+	Backend   netip.AddrPort `json:"backend,omitzero"`
+	LocalPort uint16         `json:"localPort,omitempty"`
+	PeerPort  uint16         `json:"peerPort,omitempty"`
+	Protocol  string         `json:"protocol"`
+	Detail    string         `json:"detail,omitempty"`
+	Policy    string         `json:"policy,omitempty"`
+	Rule      string         `json:"rule,omitempty"`
+	Length    uint32         `json:"length,omitempty"`
 	// State and counters are those of a tracked flow, by direction.
 	State   string     `json:"state,omitempty"`
 	Packets *[2]uint64 `json:"packets,omitempty"`
@@ -174,9 +179,23 @@ func (d *describer) event(f flow.Flow) flowReport {
 	if f.EtherType != etherIPv4 && f.EtherType != etherIPv6 {
 		r.Protocol = etherName(f.EtherType)
 	}
+	if r.Frontend = f.Frontend; f.Frontend.IsValid() {
+		r.Service = d.service(f.Frontend, f.Protocol)
+	} else if f.Direction == policy.Egress {
+		r.Service = d.service(f.Peer, f.Protocol)
+	}
 	d.endpoint(f.Endpoint, &r)
 	d.rule(f.Rule, &r)
 	return r
+}
+
+// service names the Service at an address.
+func (d *describer) service(at netip.AddrPort, p policy.Protocol) string {
+	s, err := d.state.ServiceAt(at, p)
+	if err != nil {
+		return "" // none, or gone meanwhile
+	}
+	return s.String()
 }
 
 func (d *describer) entry(f *pinning.FlowEntry) flowReport {
@@ -184,6 +203,12 @@ func (d *describer) entry(f *pinning.FlowEntry) flowReport {
 		Verdict: f.Verdict.String(), Direction: f.Direction.String(), Reason: f.Reason.String(), State: f.State.String(),
 		LocalAddress: f.Local.Addr(), PeerAddress: f.Peer.Addr(), LocalPort: f.Local.Port(), PeerPort: f.Peer.Port(),
 		Protocol: protocolName(f.Protocol), Peer: d.names[f.Peer.Addr()], Packets: &f.Packets, Bytes: &f.Bytes,
+	}
+	if f.Direction == policy.Egress {
+		r.Service = d.service(f.Peer, f.Protocol)
+	}
+	if r.Backend = f.Backend; f.Backend.IsValid() {
+		r.Peer = d.names[f.Backend.Addr()]
 	}
 	d.endpoint(f.Endpoint, &r)
 	d.rule(f.Rule, &r)
@@ -250,7 +275,7 @@ func (a *app) writeFlow(r *flowReport) error {
 		return json.NewEncoder(a.Stdout).Encode(r)
 	}
 	styles := map[string]style{flow.Denied.String(): red, flow.Allowed.String(): green, flow.Audited.String(): yellow}
-	local, peer := endOf(r.Pod, r.LocalAddress, r.LocalPort), endOf(r.Peer, r.PeerAddress, r.PeerPort)
+	local, peer := endOf(r.Pod, r.LocalAddress, r.LocalPort), r.peerEnd()
 	from, to := peer, local
 	if r.Direction == policy.Egress.String() {
 		from, to = local, peer
@@ -267,6 +292,27 @@ func (a *app) writeFlow(r *flowReport) error {
 	}
 	_, err := fmt.Fprintln(a.Stdout, strings.Join(line, " "))
 	return err
+}
+
+// peerEnd is the peer with the way to it.
+func (r *flowReport) peerEnd() string {
+	switch peer := endOf(r.Peer, r.PeerAddress, r.PeerPort); {
+	case r.Frontend.IsValid():
+		return peer + " over " + endOf(r.serviceName(), r.Frontend.Addr(), r.Frontend.Port())
+	case r.Backend.IsValid():
+		return endOf(r.Peer, r.Backend.Addr(), r.Backend.Port()) + " over " + endOf(r.serviceName(), r.PeerAddress, r.PeerPort)
+	case r.Service != "":
+		return endOf(r.serviceName(), r.PeerAddress, r.PeerPort)
+	default:
+		return peer
+	}
+}
+
+func (r *flowReport) serviceName() string {
+	if r.Service == "" {
+		return ""
+	}
+	return "service " + r.Service
 }
 
 // endOf is a name with the address behind it.
@@ -313,7 +359,7 @@ func (a *app) listFlows(ctx context.Context, f flowFilter) (err error) {
 				by = r.Policy
 			}
 			rows = append(rows, row(r.Pod, r.Direction, r.Protocol, endOf("", r.LocalAddress, r.LocalPort),
-				endOf(r.Peer, r.PeerAddress, r.PeerPort), r.State,
+				r.peerEnd(), r.State,
 				fmt.Sprint(r.Packets[policy.Ingress]), fmt.Sprint(r.Packets[policy.Egress]), by))
 		}
 		a.table(w, rows)

@@ -97,7 +97,8 @@ func TestWriteStatus(t *testing.T) {
 				Created: noon.Add(-time.Hour), State: "closed",
 			},
 		},
-		Drops: []dropReport{{"default", "ingress", pinning.Counter{Packets: 3, Bytes: 222}}},
+		Services: serviceReport{"after translation", 12},
+		Drops:    []dropReport{{"default", "ingress", pinning.Counter{Packets: 3, Bytes: 222}}},
 		Maps: []pinning.MapUsage{
 			{Name: "cells", Used: 950, Max: 1000, Bytes: 1 << 20}, {Name: "events", Used: -1, Max: 1 << 20, Bytes: 1 << 20},
 			{Name: "flows", Used: 1000, Max: 1000, Bytes: 5 << 20},
@@ -203,6 +204,11 @@ func TestWriteFlow(t *testing.T) {
 		{Time: noon, Verdict: "denied", Direction: "ingress", Reason: "default", Pod: "shop/web", Peer: "shop/other", LocalAddress: local,
 			PeerAddress: local.Next(), LocalPort: 80, PeerPort: 40000, Protocol: "TCP", Detail: "SYN", Policy: "NetworkPolicy shop/web", Rule: "isolated, no rule matched"},
 		{Time: noon, Verdict: "allowed", Direction: "egress", Reason: "open", LocalAddress: peer, PeerAddress: peer, Protocol: "ICMPv6", Detail: "type 128 code 0"},
+		{Time: noon, Verdict: "allowed", Direction: "egress", Reason: "policy", Pod: "shop/web", Peer: "shop/db", LocalAddress: local, LocalPort: 40000,
+			PeerAddress: local.Next(), PeerPort: 5432, Protocol: "TCP", Service: "shop/db:sql", Frontend: netip.MustParseAddrPort("10.96.0.7:1")},
+		{Time: noon, Verdict: "denied", Direction: "egress", Reason: "service-mixed", LocalAddress: local, PeerAddress: local.Next(), PeerPort: 80, Protocol: "TCP", Service: "shop/db"},
+		{Time: noon, Verdict: "allowed", Direction: "egress", Reason: "policy", LocalAddress: local, PeerAddress: local.Next(), PeerPort: 80, Protocol: "TCP",
+			Service: "shop/db", Peer: "shop/db-0", Backend: netip.MustParseAddrPort("10.0.0.9:8080")},
 	} {
 		if err := a.writeFlow(&r); err != nil {
 			t.Fatal(err)
@@ -210,7 +216,10 @@ func TestWriteFlow(t *testing.T) {
 	}
 	at := noon.Local().Format("15:04:05.000")
 	want := at + " denied  ingress shop/other 10.0.0.3:40000 -> shop/web 10.0.0.2:80 TCP SYN (NetworkPolicy shop/web: isolated, no rule matched)\n" +
-		at + " allowed egress  fd00::1 -> fd00::1 ICMPv6 type 128 code 0 (open)\n"
+		at + " allowed egress  fd00::1 -> fd00::1 ICMPv6 type 128 code 0 (open)\n" +
+		at + " allowed egress  shop/web 10.0.0.2:40000 -> shop/db 10.0.0.3:5432 over service shop/db:sql 10.96.0.7:1 TCP (policy)\n" +
+		at + " denied  egress  10.0.0.2 -> service shop/db 10.0.0.3:80 TCP (service-mixed)\n" +
+		at + " allowed egress  10.0.0.2 -> shop/db-0 10.0.0.9:8080 over service shop/db 10.0.0.3:80 TCP (policy)\n"
 	if out.String() != want {
 		t.Errorf("got\n%swant\n%s", out, want)
 	}

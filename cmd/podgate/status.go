@@ -27,14 +27,21 @@ import (
 
 // statusReport is what podgate status prints.
 type statusReport struct {
-	Version   string             `json:"version"`
-	Instance  string             `json:"instance"`
-	ABI       int                `json:"abi"`
-	Daemon    *daemonReport      `json:"daemon,omitempty"`
-	Endpoints []endpointReport   `json:"endpoints"`
-	Drops     []dropReport       `json:"drops"`
-	Maps      []pinning.MapUsage `json:"maps"`
-	Problems  []source.Problem   `json:"problems"`
+	Version   string           `json:"version"`
+	Instance  string           `json:"instance"`
+	ABI       int              `json:"abi"`
+	Daemon    *daemonReport    `json:"daemon,omitempty"`
+	Endpoints []endpointReport `json:"endpoints"`
+	// Services is how packets to them are judged.
+	Services serviceReport      `json:"services"`
+	Drops    []dropReport       `json:"drops"`
+	Maps     []pinning.MapUsage `json:"maps"`
+	Problems []source.Problem   `json:"problems"`
+}
+
+type serviceReport struct {
+	Judged    string `json:"judged"`
+	Frontends int    `json:"frontends"`
 }
 
 type daemonReport struct {
@@ -130,6 +137,9 @@ func (a *app) statusReport(ctx context.Context) (*statusReport, error) {
 		}
 		a.addEndpoint(ctx, r, state, ep)
 	}
+	services, err := state.ServiceState()
+	r.problem("services", err)
+	r.Services = serviceReport{services.Mode.String(), services.Frontends}
 	slices.SortFunc(r.Endpoints, func(a, b endpointReport) int {
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID))
 	})
@@ -238,6 +248,10 @@ func (a *app) writeStatus(w *bytes.Buffer, r *statusReport) {
 		fmt.Fprintf(w, "sync %s\n", running)
 		fmt.Fprintf(w, "     policy from %s, synced %s: %s, %s, %s\n", cmp.Or(d.APIServer, d.PolicyDir), when(a.ago(d.Synced)),
 			plural(d.Policies, "policy", "policies"), plural(d.Pods, "pod", "pods"), plural(d.Namespaces, "namespace", "namespaces"))
+	}
+
+	if s := r.Services; s.Frontends > 0 {
+		fmt.Fprintf(w, "services: %s, judged %s\n", plural(s.Frontends, "frontend", "frontends"), s.Judged)
 	}
 
 	fmt.Fprintln(w)
