@@ -59,6 +59,49 @@ func TestServiceOfManyBackends(t *testing.T) {
 	})
 }
 
+// TestServicesUnderIPVS: where translation cannot be seen all backends have to
+// agree.
+func TestServicesUnderIPVS(t *testing.T) {
+	p := newPlaza(t, true, false)
+	p.must(p.Do(func() error {
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "kube-ipvs0"}, PeerName: "ipvs"})
+	}))
+	for _, c := range []struct {
+		backends []host
+		who      string
+	}{
+		{[]host{friend}, "good"},
+		{[]host{friend, foe}, ""},
+		{[]host{foe}, ""},
+		{[]host{node}, "node"},
+	} {
+		s := service(1, policy.TCP, 8080, c.backends...)
+		p.set(s)
+		for _, f := range s.Frontends {
+			p.from(fmt.Sprintf("%d backends", len(c.backends)), "tcp", f, c.who)
+		}
+	}
+	s := service(1, policy.TCP, 8081, friend)
+	p.isolate(8081)
+	p.set(s)
+	c := p.open("tcp", s.Frontends[0], "good")
+	p.isolate(8080)
+	p.goesOn("a connection that is denied now", c, false)
+	// From here on what is translated is seen.
+	p.must(p.Do(func() error {
+		l, err := netlink.LinkByName("kube-ipvs0")
+		if err != nil {
+			return err
+		}
+		_, repair := p.state.Repair(t.Context())
+		return errors.Join(netlink.LinkDel(l), repair)
+	}))
+	p.set(service(1, policy.TCP, 8080, friend, foe))
+	if who, err := ask(p.pods["client"], "tcp", 0, s.Frontends[0], 30*time.Second); who != "good" {
+		t.Errorf("without IPVS %q answers, %v", who, err)
+	}
+}
+
 // TestServiceAtOtherAddresses: node ports, and addresses outside the cluster.
 func TestServiceAtOtherAddresses(t *testing.T) {
 	everyPlaza(t, func(p *plaza) {

@@ -9,13 +9,17 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
+
+	"github.com/vishvananda/netlink"
 
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/flow"
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/test/netlab"
 )
 
 // at parses addresses with ports.
@@ -267,9 +271,11 @@ func TestServiceAddressesAreOthersToo(t *testing.T) {
 	r.PodUID = "uid-good-1"
 	e, _ := m.add(r)
 	m.want("10.0.0.11:8080", flow.Allowed, "policy")
-	m.delete(e.Key)
 	allowed := clusterIP("odd", "10.0.0.11:80", "10.0.0.10:8080")
 	m.set(nodePort, allowed)
+	// A neighbour reaches the pod itself, past any translation.
+	m.want("10.0.0.11:80", flow.Denied, "default")
+	m.delete(e.Key)
 	m.want("10.0.0.11:80", flow.Allowed, "policy")
 
 	m.set()
@@ -305,4 +311,75 @@ func TestServicesThatCannotBeStored(t *testing.T) {
 	}
 	m.set(fine)
 	m.want("10.96.0.1:80", flow.Allowed, "policy")
+}
+
+// TestServicesMode: where the kernel can have a program behind DNAT it has, but
+// not with IPVS, which may come and go.
+func TestServicesMode(t *testing.T) {
+	m := newMarket(t)
+	best := pinning.ServicesAfter
+	if can, err := netlab.KernelAtLeast(6, 4); err != nil {
+		t.Fatal(err)
+	} else if !can {
+		best = pinning.ServicesBefore
+	}
+	want := func(when string, mode pinning.ServicesMode) {
+		t.Helper()
+		if got, err := m.state.ServicesMode(); err != nil || got != mode {
+			t.Errorf("%s Services are judged %s, %v, not %s", when, got, err, mode)
+		}
+		if err := m.state.Ready(t.Context()); err != nil {
+			t.Errorf("%s it is not ready: %v", when, err)
+		}
+	}
+	want("when there never were any", pinning.ServicesNone)
+	web := clusterIP("web", "10.96.0.1:80", "10.0.0.10:8080")
+	m.set(web)
+	want("with one", best)
+	ipvs := m.veth("kube-ipvs0")
+	m.repair()
+	want("with IPVS", pinning.ServicesBefore)
+	m.set(web)
+	want("with IPVS and told again", pinning.ServicesBefore)
+	m.unplug(ipvs)
+	m.repair()
+	want("without IPVS", best)
+	m.set()
+	want("when the last one is gone", best)
+}
+
+// TestServicesOnUnseenBridges: netfilter has to see what pods on a bridge send
+// each other.
+func TestServicesOnUnseenBridges(t *testing.T) {
+	m := newMarket(t)
+	const sysctl = "/proc/sys/net/bridge/bridge-nf-call-"
+	m.do(func() error {
+		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
+		return errors.Join(netlink.LinkAdd(bridge), netlink.LinkSetMaster(m.link("client"), bridge))
+	})
+	state := func() (s pinning.ServiceState, err error) {
+		problem := m.Do(func() error { s, err = m.state.ServiceState(); return nil })
+		return s, errors.Join(err, problem)
+	}
+	if s, err := state(); err != nil || s.Frontends != 0 {
+		t.Errorf("without Services there are %d frontends, %v", s.Frontends, err)
+	}
+	m.set(clusterIP("web", "10.96.0.1:80", "10.0.0.10:8080"))
+	if m.Do(func() error { _, err := os.Stat(sysctl + "iptables"); return err }) == nil {
+		for _, family := range []string{"iptables", "ip6tables"} {
+			m.do(func() error { return os.WriteFile(sysctl+family, []byte("0"), 0) })
+		}
+	}
+	if s, err := state(); !errors.Is(err, pinning.ErrDiffers) || !strings.Contains(err.Error(), "br0") || s.Frontends != 1 {
+		t.Errorf("with %d frontends the error is %v", s.Frontends, err)
+	}
+	if m.Do(func() error { _, err := os.Stat(sysctl + "iptables"); return err }) != nil {
+		t.Skip("the kernel has no br_netfilter")
+	}
+	for _, family := range []string{"iptables", "ip6tables"} {
+		m.do(func() error { return os.WriteFile(sysctl+family, []byte("1"), 0) })
+	}
+	if _, err := state(); err != nil {
+		t.Error(err)
+	}
 }
