@@ -91,6 +91,10 @@ func withoutEntry(b []byte) (changed []byte, uses bool) {
 	if changed, err = json.Marshal(all); err != nil {
 		return nil, true
 	}
+	// encoding/json, and so libcni, takes keys in any case.
+	if json.Unmarshal(changed, &a) != nil || !bytes.Equal(a.Config, without) {
+		return nil, true
+	}
 	return changed, namesPlugin(without)
 }
 

@@ -4,6 +4,7 @@
 package conflist
 
 import (
+	"bytes"
 	"errors"
 	"os"
 	"path/filepath"
@@ -192,4 +193,29 @@ func TestGated(t *testing.T) {
 			t.Errorf("plugins of %s are %v", text, got)
 		}
 	}
+}
+
+// A list within the configuration of multus is changed as one by itself is.
+func FuzzDelegate(f *testing.F) {
+	f.Add([]byte(multusInline))
+	f.Add([]byte(multusSingle))
+	f.Add([]byte(`{"delegates": [ {"name":"n","cniVersion":"1.0.0","plugins":[ {"type":"a"} ] } , 1 ], "z": 1}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		file := File{Form: FormDelegate}
+		had, err := file.Merged(b)
+		if err != nil {
+			return
+		}
+		after, err := file.Merge(b, Entry{})
+		if err != nil {
+			return
+		}
+		if merged, err := file.Merged(after); err != nil || !merged {
+			t.Fatalf("not merged: %q (%v)", after, err)
+		}
+		removed, err := file.Unmerge(after)
+		if err != nil || !had && !bytes.Equal(removed, b) {
+			t.Fatalf("removed is not what was (%v)\n%q\n%q", err, b, removed)
+		}
+	})
 }
