@@ -470,6 +470,27 @@ func TestRunWithoutSource(t *testing.T) {
 	}
 }
 
+// TestManyProblems asks that a flood of them stays readable, and is the same one
+// when it comes in another order.
+func TestManyProblems(t *testing.T) {
+	var told []source.Problem
+	p := newProblems(slog.New(slog.DiscardHandler), func(one source.Problem) { told = append(told, one) })
+	var flood []source.Problem
+	for i := range 100_000 {
+		flood = append(flood, source.Problem{Subject: "kernel state", Reason: fmt.Sprintf("no room for %06d", i)})
+	}
+	p.replace("apply", flood)
+	slices.Reverse(flood)
+	p.replace("apply", flood)
+	if got := p.list(); len(got) != most+1 || len(told) != most+1 ||
+		got[0].Reason != "no room for 000000" || got[most].Reason != "and 99980 more problems like these" {
+		t.Errorf("%d problems, %d told: %v", len(got), len(told), got)
+	}
+	if p.replace("apply", nil); len(p.list()) > 0 {
+		t.Errorf("problems %v", p.list())
+	}
+}
+
 // TestMetrics asks that what the status says can be alerted on.
 func TestMetrics(t *testing.T) {
 	state := newRecorder()

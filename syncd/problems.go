@@ -6,6 +6,8 @@
 package syncd
 
 import (
+	"cmp"
+	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
@@ -36,34 +38,53 @@ func (p problems) set(step, subject string, err error) {
 	p.replace(step, []source.Problem{{Subject: subject, Reason: err.Error()}})
 }
 
+// most is how many problems of one step stand by themselves. A full map may
+// make as many as there are addresses.
+const most = 20
+
 // replace replaces the problems of a step. Those without a date get that of
 // the same problem before, or the present.
 func (p problems) replace(step string, next []source.Problem) {
-	next = slices.Clone(next)
-	before := p.standing[step]
+	next = few(next)
+	type fault struct{ subject, reason string }
+	before := make(map[fault]source.Problem, len(p.standing[step]))
+	for _, o := range p.standing[step] {
+		before[fault{o.Subject, o.Reason}] = o
+	}
 	for i := range next {
-		same := slices.IndexFunc(before, func(o source.Problem) bool { return o.Subject == next[i].Subject && o.Reason == next[i].Reason })
-		switch {
-		case same >= 0:
-			next[i].Since = before[same].Since
-		default:
-			if next[i].Since.IsZero() {
-				next[i].Since = time.Now()
-			}
-			p.log.Error("problem", "subject", next[i].Subject, "reason", next[i].Reason)
-			p.notify(next[i])
+		n := &next[i]
+		if o, same := before[fault{n.Subject, n.Reason}]; same {
+			n.Since = o.Since
+			delete(before, fault{n.Subject, n.Reason})
+			continue
 		}
+		if n.Since.IsZero() {
+			n.Since = time.Now()
+		}
+		p.log.Error("problem", "subject", n.Subject, "reason", n.Reason)
+		p.notify(*n)
 	}
 	for _, o := range before {
-		if !slices.ContainsFunc(next, func(n source.Problem) bool { return o.Subject == n.Subject && o.Reason == n.Reason }) {
-			p.log.Info("problem solved", "subject", o.Subject, "reason", o.Reason)
-		}
+		p.log.Info("problem solved", "subject", o.Subject, "reason", o.Reason)
 	}
 	if len(next) == 0 {
 		delete(p.standing, step)
 		return
 	}
 	p.standing[step] = next
+}
+
+// few is a copy that has one problem for all that are too many.
+func few(all []source.Problem) []source.Problem {
+	out := slices.Clone(all)
+	if len(out) <= most {
+		return out
+	}
+	slices.SortFunc(out, func(a, b source.Problem) int {
+		return cmp.Or(cmp.Compare(a.Subject, b.Subject), cmp.Compare(a.Reason, b.Reason))
+	})
+	rest := source.Problem{Subject: out[most].Subject, Reason: fmt.Sprintf("and %d more problems like these", len(out)-most)}
+	return append(out[:most:most], rest)
 }
 
 // list answers all problems in a stable order; never nil.

@@ -7,6 +7,7 @@ package main
 
 import (
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -237,4 +238,39 @@ spec:
 	}
 	c.deletePolicy("egress")
 	c.until("open", func() bool { return states(c.status())["shop/client"] == "open" })
+}
+
+// TestPolicyTooLarge has a policy find no room: it is closed and said, in few
+// words, the rest goes on, and all is well when it is gone.
+func TestPolicyTooLarge(t *testing.T) {
+	c := newCluster(t)
+	c.start("--kubeconfig", c.kubeconfig, "--capacity-blocks", "1024")
+	c.synced(0)
+	for _, name := range []string{"client", "web"} {
+		c.attach(c.schedule(name, name))
+	}
+	c.listen("web")
+	c.synced(2)
+	large := &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "large"}}
+	large.Spec.PodSelector.MatchLabels = map[string]string{"app": "web"}
+	var peers []networkingv1.NetworkPolicyPeer
+	for i := range 10_000 {
+		cidr := netip.AddrFrom4([4]byte{11, 0, byte(i >> 8), byte(i)}).String() + "/32"
+		peers = append(peers, networkingv1.NetworkPolicyPeer{IPBlock: &networkingv1.IPBlock{CIDR: cidr}})
+	}
+	large.Spec.Ingress = []networkingv1.NetworkPolicyIngressRule{{From: peers}}
+	if _, err := c.client.NetworkingV1().NetworkPolicies("shop").Create(t.Context(), large, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.until("closed and said", func() bool {
+		return c.answers("client", "web") == 0 && hasProblem(c.status(), "more problems like these")
+	})
+	if r := c.status(); len(r.Problems) > 30 {
+		t.Errorf("%d problems", len(r.Problems))
+	}
+	c.createPolicy(strings.ReplaceAll(startPolicy, "NAME", "client"))
+	c.until("another policy enforced", func() bool { return states(c.status())["shop/client"] == "enforcing" })
+	c.deletePolicy("large")
+	c.deletePolicy("client")
+	c.until("open again", func() bool { return c.answers("client", "web") == len(c.addrs["web"]) && len(c.status().Problems) == 0 })
 }
