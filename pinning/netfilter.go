@@ -101,12 +101,15 @@ func (s *State) afterNAT() error {
 	}
 	p, err := s.program(bpf.ServiceProgAfterNat)
 	if errors.Is(err, ErrNotInstalled) {
-		if s.noAfterNAT == nil {
-			s.noAfterNAT = s.loadAfterNAT()
-		}
+		s.prepareServices()
 		if s.noAfterNAT != nil {
 			return s.noAfterNAT
 		}
+		if err := s.repin(bpf.ServiceProgAfterNat, func(path string) error { return s.prepared.Pin(path) }); err != nil {
+			return err
+		}
+		_ = s.prepared.Close()
+		s.prepared = nil
 		p, err = s.program(bpf.ServiceProgAfterNat)
 	}
 	if err != nil {
@@ -116,15 +119,16 @@ func (s *State) afterNAT() error {
 	return err
 }
 
-// loadAfterNAT verifies after_nat on the pinned maps and pins it. A kernel that
-// cannot have it says so here.
-func (s *State) loadAfterNAT() error {
-	p, err := s.verifyAfterNAT()
-	if err != nil {
-		return err
+// prepareServices verifies after_nat if it is not pinned yet: that takes longer
+// than others should wait for the lock. A kernel that cannot have it says so
+// here, once.
+func (s *State) prepareServices() {
+	if s.private || s.prepared != nil || s.noAfterNAT != nil {
+		return
 	}
-	defer func() { _ = p.Close() }()
-	return s.repin(bpf.ServiceProgAfterNat, func(path string) error { return p.Pin(path) })
+	if _, err := s.program(bpf.ServiceProgAfterNat); errors.Is(err, ErrNotInstalled) {
+		s.prepared, s.noAfterNAT = s.verifyAfterNAT()
+	}
 }
 
 func (s *State) verifyAfterNAT() (*ebpf.Program, error) {

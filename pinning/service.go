@@ -158,6 +158,9 @@ func choicesOf(v *bpf.DatapathService) []choice {
 // [ErrInvalid], with the name of the Service; its frontends are judged as the
 // addresses they are, and the others are in force.
 func (s *State) SetServices(ctx context.Context, all []Service) error {
+	if len(all) > 0 {
+		s.prepareServices()
+	}
 	return s.locked(ctx, func() error {
 		t, err := s.serviceTable()
 		if err != nil {

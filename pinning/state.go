@@ -59,6 +59,8 @@ type State struct {
 	services *services
 	// noAfterNAT is why this kernel cannot have after_nat.
 	noAfterNAT error
+	// prepared is after_nat, not pinned yet.
+	prepared *ebpf.Program
 
 	// watches read shared memory until they are stopped.
 	watches     sync.WaitGroup
@@ -145,6 +147,10 @@ func (s *State) Close() error {
 	}
 	for _, p := range s.programs {
 		errs = append(errs, p.Close())
+	}
+	if s.prepared != nil {
+		errs = append(errs, s.prepared.Close())
+		s.prepared = nil
 	}
 	if s.shared != nil {
 		errs = append(errs, s.shared.close())
