@@ -177,7 +177,7 @@ func TestFaults(t *testing.T) {
 			fmt.Fprintf(&blocks, `{"ipBlock": {"cidr": "10.%d.%d.%d/32"}},`, i>>16, i>>8&255, i&255)
 		}
 		key := store("a", "big", `{"podSelector": {}, "ingress": [{"from": [`+strings.TrimSuffix(blocks.String(), ",")+`]}]}`)
-		m.says(key, "isolates [true false], 1 in, 0 out")
+		m.untilWithin(3*time.Minute, "read", func() bool { return m.objects[key].Policy != nil })
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		if n := len(m.objects[key].Policy.Rules[policy.Ingress][0].Peers); n != 250_000 {
