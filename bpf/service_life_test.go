@@ -264,7 +264,9 @@ func TestServiceRepliesStop(t *testing.T) {
 	}))
 	for _, f := range s.Frontends {
 		p.isolate(9000)
-		c := p.open("tcp", f, "tick")
+		c, err := dial(p.pods["client"], "tcp", f, patience(true))
+		p.must(err)
+		t.Cleanup(func() { _ = c.Close() })
 		listen := func(want bool) {
 			t.Helper()
 			// What was on its way may still be heard.
