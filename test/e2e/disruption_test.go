@@ -147,14 +147,16 @@ func (l *disruptionLab) churn(ctx context.Context) (done chan int) {
 	return done
 }
 
-// settled checks that podgate follows again: a policy that comes now counts.
+// settled checks that podgate follows again: a policy that comes now counts, if
+// not at once. The longer the API server was gone, the longer are the pauses
+// after which clients look for it, up to a minute.
 func (l *disruptionLab) settled() {
 	l.t.Helper()
 	l.policy(`
 metadata: { name: client-asks-nobody }
 spec: { podSelector: { matchLabels: { pod: client } }, policyTypes: [Egress] }
 `)
-	l.expect(reaches(dropped, l.server, 8080, l.client))
+	l.expectWithin(patience, reaches(dropped, l.server, 8080, l.client))
 	l.deletePolicy("client-asks-nobody")
 	l.expect(l.verdicts()...)
 	late := l.newPod(podSpec{name: "late", node: "n2"})

@@ -214,11 +214,16 @@ func reaches(want outcome, to *pod, port uint16, from ...*pod) []probe {
 // the first time shows that the policy is in force, the second that it stays.
 func (l *lab) expect(groups ...[]probe) {
 	l.t.Helper()
+	l.expectWithin(inForce, groups...)
+}
+
+func (l *lab) expectWithin(limit time.Duration, groups ...[]probe) {
+	l.t.Helper()
 	var probes []probe
 	for _, g := range groups {
 		probes = append(probes, g...)
 	}
-	err := within(l.t.Context(), inForce, func(context.Context) error { return attempt(probes) })
+	err := within(l.t.Context(), limit, func(context.Context) error { return attempt(probes) })
 	if err == nil {
 		err = attempt(probes)
 	}
