@@ -82,7 +82,7 @@ func (c *Cache) images(ctx context.Context) error {
 		return fmt.Errorf("names of images: %w", err)
 	}
 	upstream := strings.Fields(string(out))
-	if len(upstream) != 2 {
+	if len(upstream) < 2 {
 		return fmt.Errorf("names of images: %q", out)
 	}
 	agnhost, err := c.agnhost(ctx)
@@ -91,7 +91,7 @@ func (c *Cache) images(ctx context.Context) error {
 	}
 	for i, image := range []image{
 		{
-			tags:       []string{PauseImage, upstream[1]},
+			tags:       []string{PauseImage, upstream[0]},
 			entrypoint: []string{"/pause"},
 			files:      map[string]string{"/pause": filepath.Join(c.Bin(), "pause")},
 		},
@@ -101,7 +101,7 @@ func (c *Cache) images(ctx context.Context) error {
 			files:      map[string]string{"/coredns": filepath.Join(c.Bin(), "coredns")},
 		},
 		{
-			tags:       []string{AgnhostImage, upstream[0], cyclonusAgnhost},
+			tags:       append(upstream[1:], AgnhostImage, cyclonusAgnhost), // one has the tools of all,
 			entrypoint: []string{"/agnhost"},
 			command:    []string{"pause"},
 			files:      agnhost,

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 // Command images prints the names of the images that the Kubernetes project's
-// network tests start pods from: agnhost, then pause. KUBE_TEST_REPO_LIST
-// chooses the registry, as it does for the tests.
+// network tests start pods from: pause first. KUBE_TEST_REPO_LIST chooses the
+// registry, as it does for the tests.
 package main
 
 import (
@@ -13,6 +13,7 @@ import (
 )
 
 func main() {
-	fmt.Println(image.GetE2EImage(image.Agnhost))
-	fmt.Println(image.GetE2EImage(image.Pause))
+	for _, id := range []image.ImageID{image.Pause, image.Agnhost, image.GlibcDnsTesting} {
+		fmt.Println(image.GetE2EImage(id))
+	}
 }
