@@ -257,6 +257,14 @@ var sharedObject = regexp.MustCompile(`/\S+`)
 // shared objects that they need.
 func (c *Cache) agnhost(ctx context.Context) (map[string]string, error) {
 	files := map[string]string{"/agnhost": filepath.Join(c.Bin(), "agnhost")}
+	// What it serves TLS with.
+	source, err := c.goCommand(ctx, group{module: "kubernetes"}, "list", "-m", "-f", "{{.Dir}}", kubernetes)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{"localhost.crt", "localhost.key"} {
+		files["/"+name] = filepath.Join(strings.TrimSpace(source), "test/images/agnhost/porter", name)
+	}
 	var missing []string
 	for _, tool := range machineTools {
 		file, err := exec.LookPath(tool)
