@@ -53,7 +53,7 @@ const registries = "promoterE2eRegistry: " + Registry + "\ngcRegistry: " + Regis
 // machineTools are this machine's programs that tests call in agnhost beside
 // agnhost itself. Debian has them in bash, bind9-dnsutils, busybox-static,
 // curl, iproute2, libc-bin and netcat-openbsd.
-var machineTools = []string{"bash", "busybox", "curl", "dig", "getent", "ip", "nc"}
+var machineTools = []string{"bash", "busybox", "curl", "dig", "getent", "ip", "nc", "nslookup"}
 
 // busyboxTools are names for busybox.
 var busyboxTools = strings.Fields(`awk cat cut date dd env false grep head hostname id ls mkdir mount ping ping6 ps rm
