@@ -7,10 +7,13 @@ package rtnl_test
 
 import (
 	"errors"
+	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -128,6 +131,26 @@ func TestRequestsInOneDatagram(t *testing.T) {
 	}
 }
 
+// waitLocal waits for the kernel to deliver what is sent to a new address: for
+// one of IPv6 its address work queue enters the route.
+func waitLocal(l netlink.Link, address net.IP) error {
+	filter := &netlink.Route{
+		LinkIndex: l.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Dst: netlink.NewIPNet(address),
+	}
+	for range 500 {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, filter,
+			netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		if err != nil {
+			return err
+		}
+		if len(routes) > 0 {
+			return nil
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return fmt.Errorf("no local route to %s after 5 s", address)
+}
+
 func TestRoutes(t *testing.T) {
 	node := newNode(t)
 	err := node.Do(func() error {
@@ -144,6 +167,9 @@ func TestRoutes(t *testing.T) {
 		}
 		six.Flags = unix.IFA_F_NODAD
 		if err := errors.Join(netlink.AddrAdd(l, six), netlink.LinkSetUp(l)); err != nil {
+			return err
+		}
+		if err := waitLocal(l, six.IP); err != nil {
 			return err
 		}
 		s, err := rtnl.Open()
