@@ -4,7 +4,8 @@
 // Copyright The podgate Authors
 /*
  * What the datapath is measured against: no work, one LRU hash hit, one
- * evicting LRU insert, with keys and values of the flows map.
+ * evicting LRU insert, and one after a lookup; with keys and values of the
+ * flows map.
  */
 #include <linux/if_ether.h>
 #include <linux/ip.h>
@@ -68,8 +69,7 @@ int hit(struct __sk_buff *skb)
 						     TC_ACT_SHOT;
 }
 
-SEC("tc")
-int insert(struct __sk_buff *skb)
+static __always_inline int enter(struct __sk_buff *skb, bool look)
 {
 	struct flow_key key = { .endpoint = 1 };
 	struct flow value = {};
@@ -79,9 +79,24 @@ int insert(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	key.local_port = *ports;
 	key.peer_port = *ports >> 16;
+	if (look && bpf_map_lookup_elem(&entries, &key))
+		return TC_ACT_SHOT;
 	return bpf_map_update_elem(&entries, &key, &value, BPF_ANY) ?
 		       TC_ACT_SHOT :
 		       TC_ACT_UNSPEC;
+}
+
+SEC("tc")
+int insert(struct __sk_buff *skb)
+{
+	return enter(skb, false);
+}
+
+/* Nothing in the packet says that the flow is new. */
+SEC("tc")
+int miss(struct __sk_buff *skb)
+{
+	return enter(skb, true);
 }
 
 /*

@@ -61,6 +61,7 @@ const (
 	floorProgEmpty    = "empty"
 	floorProgHit      = "hit"
 	floorProgInsert   = "insert"
+	floorProgMiss     = "miss"
 	floorProgRenew    = "renew"
 	floorVarLastPorts = "last_ports"
 	floorVarStep      = "step"
@@ -111,6 +112,7 @@ type floorProgramSpecs struct {
 	Empty  *ebpf.ProgramSpec `ebpf:"empty"`
 	Hit    *ebpf.ProgramSpec `ebpf:"hit"`
 	Insert *ebpf.ProgramSpec `ebpf:"insert"`
+	Miss   *ebpf.ProgramSpec `ebpf:"miss"`
 	Renew  *ebpf.ProgramSpec `ebpf:"renew"`
 }
 
@@ -176,6 +178,7 @@ type floorPrograms struct {
 	Empty  *ebpf.Program `ebpf:"empty"`
 	Hit    *ebpf.Program `ebpf:"hit"`
 	Insert *ebpf.Program `ebpf:"insert"`
+	Miss   *ebpf.Program `ebpf:"miss"`
 	Renew  *ebpf.Program `ebpf:"renew"`
 }
 
@@ -184,6 +187,7 @@ func (p *floorPrograms) Close() error {
 		p.Empty,
 		p.Hit,
 		p.Insert,
+		p.Miss,
 		p.Renew,
 	)
 }
