@@ -10,6 +10,10 @@ BPF_STRIP ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+BIN     ?= bin
+# The image, and the time of everything in it.
+IMAGE   ?= ghcr.io/podgate/podgate:$(VERSION)
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 GOBUILD  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
 # Flags for `go test`, for example TESTFLAGS='-run Fragment -v'.
@@ -17,9 +21,9 @@ TESTFLAGS  ?= -timeout 15m
 BENCHFLAGS ?=
 E2EFLAGS   ?=
 
-# Tests that link other evaluators of policy, or speak to a container runtime:
-# what they require stays out of our go.mod.
-MODULES  = . $(patsubst %/go.mod,%,$(wildcard test/*/go.mod))
+# What makes the image, tests that link other evaluators of policy or speak to a
+# container runtime: what they require stays out of our go.mod.
+MODULES  = . $(patsubst %/go.mod,%,$(wildcard install/*/go.mod test/*/go.mod))
 C_FILES  = $(shell find bpf test -name '*.[ch]')
 LINT     = $(GO) tool -modfile=$(CURDIR)/.ci/tools/go.mod golangci-lint
 
@@ -33,9 +37,25 @@ help: ## show this list
 
 .PHONY: build
 build: ## put podgate, podgate-cni and podgate-ipam in bin/
-	$(GOBUILD) -o bin/podgate-cni ./plugin
-	$(GOBUILD) -o bin/podgate ./cmd/podgate
-	ln -f bin/podgate-cni bin/podgate-ipam
+	$(GOBUILD) -o $(BIN)/podgate-cni ./plugin
+	$(GOBUILD) -o $(BIN)/podgate ./cmd/podgate
+	ln -f $(BIN)/podgate-cni $(BIN)/podgate-ipam
+
+# Nothing of this machine is in it: the same sources and the same Go make the
+# same image.
+.PHONY: image
+image: ## a container image for amd64 and arm64, in bin/image.tar and bin/image
+	@set -e; for arch in amd64 arm64; do \
+		GOOS=linux GOARCH=$$arch GOAMD64=v1 GOARM64=v8.0 GOFLAGS= GOEXPERIMENT= \
+			$(MAKE) --no-print-directory build BIN=$(BIN)/linux-$$arch; \
+	done
+	$(GO) -C install/image run . -name '$(IMAGE)' -version '$(VERSION)' -epoch '$(SOURCE_DATE_EPOCH)' \
+		-revision '$(shell git rev-parse HEAD 2>/dev/null)' \
+		-binaries '$(abspath $(BIN))' -out '$(abspath $(BIN))' $(IMAGEFLAGS)
+
+.PHONY: image-push
+image-push: ## push that image: make image-push IMAGE=registry/name:tag
+	$(MAKE) --no-print-directory image IMAGEFLAGS=-push
 
 .PHONY: demo
 demo: build root ## policy on real pods, step by step (as root)
