@@ -32,6 +32,9 @@ func (s *State) adopt() (*applied, error) {
 		subjects: map[policy.PodKey]bpf.DatapathPod{},
 		nodes:    map[netip.Addr]struct{}{},
 		broken:   map[policy.Digest]error{},
+		missing:  map[policy.PeerKey]error{},
+		infos:    map[policy.Digest]policy.PolicyInfo{},
+		sheets:   map[policy.Digest]policy.Ruleset{},
 		wanted:   map[policy.PodKey]policy.Subject{},
 	}
 	if err := s.adoptRulesets(a); err != nil {

@@ -41,6 +41,13 @@ type applied struct {
 	nodes map[netip.Addr]struct{}
 	// broken rulesets could not be written whole: their subjects are closed.
 	broken map[policy.Digest]error
+	// missing peers found no room: they have the class of what is around them.
+	missing map[policy.PeerKey]error
+	// said is what is broken and missing, in words.
+	said []error
+	// infos of what is pinned.
+	infos  map[policy.Digest]policy.PolicyInfo
+	sheets map[policy.Digest]policy.Ruleset
 	// wanted remembers subjects, so that a mended ruleset opens them.
 	wanted map[policy.PodKey]policy.Subject
 }
@@ -53,7 +60,8 @@ type peer struct {
 
 type cellInfo struct {
 	chunks uint16
-	denies bool
+	// intervals are not known of cells that were adopted and not named since.
+	intervals []policy.Interval
 }
 
 // Apply carries the pinned policy to the next state in the order that
@@ -61,8 +69,10 @@ type cellInfo struct {
 // adopts what is pinned by digest and sweeps the rest.
 //
 // What a full map keeps from being written closes the endpoints concerned and
-// is returned in Applied.Problems. The error is for failures that left the
-// update undone; it may be applied again.
+// is returned in Applied.Problems. It stays so through the updates that follow,
+// each of which names it again as a [PolicyError]; a full update tries
+// everything anew. The error is for failures that left the update undone; it
+// may be applied again.
 func (s *State) Apply(ctx context.Context, u policy.Update) (Applied, error) {
 	start := time.Now()
 	if s.applied == nil && !u.Full {
@@ -99,6 +109,8 @@ type writer struct {
 	a    *applied
 	done Applied
 	now  time.Time
+	// misplaced says that peers found no room, or that some did after all.
+	misplaced bool
 }
 
 func (w *writer) problem(err error) {
@@ -134,6 +146,9 @@ func (w *writer) write(ctx context.Context, u policy.Update) error {
 	if err := w.setPeers(first); err != nil {
 		return err
 	}
+	if err := w.revisit(u); err != nil {
+		return err
+	}
 	if !u.Full && len(u.Peers)+len(u.GonePeers)+len(u.Joins)+len(u.Subjects) > 0 {
 		w.reclassify(u)
 	}
@@ -143,7 +158,11 @@ func (w *writer) write(ctx context.Context, u policy.Update) error {
 	if err := w.finish(then); err != nil {
 		return err
 	}
-	return w.retire(u)
+	if err := w.retire(u); err != nil {
+		return err
+	}
+	w.say(u)
+	return nil
 }
 
 // infos names policies and rules, for people.
@@ -153,6 +172,7 @@ func (w *writer) infos(u policy.Update) error {
 		return err
 	}
 	for _, p := range u.Policies {
+		w.a.infos[p.ID] = p
 		id, _, err := w.a.policies.assign(p.ID)
 		if err != nil {
 			w.problem(fmt.Errorf("policy %s/%s: %w", p.Namespace, p.Name, err))
@@ -228,6 +248,7 @@ func (w *writer) rulesetsAndCells(u policy.Update) error {
 		}
 	}
 	for _, r := range u.Rulesets {
+		w.a.sheets[r.ID] = r
 		if _, _, err := w.a.rulesets.assign(r.ID); err != nil {
 			w.breakRuleset(r.ID, err)
 		}
@@ -252,9 +273,8 @@ func (w *writer) mendBroken(u policy.Update) {
 
 func (w *writer) breakRuleset(d policy.Digest, err error) {
 	if _, known := w.a.broken[d]; !known {
-		w.problem(fmt.Errorf("ruleset %s: its endpoints are closed: %w", d, err))
+		w.a.broken[d] = err
 	}
-	w.a.broken[d] = err
 }
 
 func (w *writer) ruleset(r *policy.Ruleset) error {
@@ -352,7 +372,7 @@ func (w *writer) cells(cells []policy.Cell) error {
 			b.add(keys[j], values[j])
 			owner = append(owner, c.Ruleset)
 		}
-		w.a.noteCell(ruleset, class, cellInfo{uint16(len(keys)), denies(c)})
+		w.a.noteCell(ruleset, class, cellInfo{uint16(len(keys)), c.Intervals})
 		w.done.Cells++
 		if len(owner) >= batchSize {
 			flush()
@@ -360,15 +380,6 @@ func (w *writer) cells(cells []policy.Cell) error {
 	}
 	flush()
 	return nil
-}
-
-func denies(c *policy.Cell) bool {
-	for _, v := range c.Intervals {
-		if v.Action == policy.Deny {
-			return true
-		}
-	}
-	return false
 }
 
 func (a *applied) noteCell(ruleset, class uint32, info cellInfo) {
@@ -424,6 +435,7 @@ func (w *writer) retire(u policy.Update) error {
 	for _, d := range u.GoneRulesets {
 		w.a.rulesets.forget(d, w.now)
 		delete(w.a.broken, d)
+		delete(w.a.sheets, d)
 	}
 	for _, d := range u.GoneClasses {
 		w.a.classes.forget(d, w.now)
@@ -432,6 +444,7 @@ func (w *writer) retire(u policy.Update) error {
 		w.a.rules.condemn(d, w.now)
 	}
 	for _, d := range u.GonePolicies {
+		delete(w.a.infos, d)
 		w.a.policies.condemn(d, w.now)
 	}
 	if u.Full {

@@ -120,6 +120,7 @@ func (w *writer) unpublish(pods *ebpf.Map, u policy.Update) error {
 func (w *writer) removePeers(gone []policy.PeerKey) error {
 	for _, p := range gone {
 		delete(w.a.peers, p)
+		delete(w.a.missing, p)
 		if err := w.removePeer(p); err != nil {
 			return err
 		}

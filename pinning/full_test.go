@@ -259,3 +259,108 @@ func TestFullPeersClose(t *testing.T) {
 		t.Errorf("who is denied gets in: %+v", a)
 	}
 }
+
+// A block without room must not become what is around it, where that is
+// allowed; nor when what is around it, or who it is allowed to, changes later.
+func TestFullBlocksClose(t *testing.T) {
+	capacity := small
+	capacity.Blocks = 8
+	l := newLabWith(t, capacity)
+	c := town(t)
+	block := func(cidr string, except ...string) policy.Peer {
+		b := &policy.Block{CIDR: netip.MustParsePrefix(cidr)}
+		for _, e := range except {
+			b.Except = append(b.Except, netip.MustParsePrefix(e))
+		}
+		return policy.Peer{Block: b}
+	}
+	toBlocks := func(uid, subject string, port uint16, peers ...policy.Peer) policy.Policy {
+		p := allow(uid, subject, "client", port)
+		p.Rules[policy.Ingress][0].Peers = peers
+		return p
+	}
+	web, _ := l.add(request(l.veth("web"), webAddr))
+	update := func(u policy.Update) error {
+		t.Helper()
+		done, err := l.state.Apply(t.Context(), u)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return errors.Join(done.Problems...)
+	}
+	denied := func(what, peer string, port uint16) {
+		t.Helper()
+		if a := l.probe(web.Gate, policy.Ingress, webAddr, peer, port); a.Verdict != bpf.DatapathVerdictVERDICT_DENIED {
+			t.Errorf("%s: %s gets to port %d: %+v", what, peer, port, a)
+		}
+	}
+	allowed := func(what, peer string, port uint16) {
+		t.Helper()
+		if a := l.probe(web.Gate, policy.Ingress, webAddr, peer, port); a.Reason != byPolicy {
+			t.Errorf("%s: %s to port %d: %+v", what, peer, port, a)
+		}
+	}
+	named := func(err error, want ...string) {
+		t.Helper()
+		for _, text := range want {
+			if !errors.Is(err, pinning.ErrFull) || !strings.Contains(err.Error(), text) {
+				t.Errorf("%v does not say %q", err, text)
+			}
+		}
+	}
+	fill := []policy.Peer{block("20.0.0.0/8")}
+	for i := range 7 {
+		fill = append(fill, block(fmt.Sprintf("172.16.%d.0/24", i)))
+	}
+	setPolicy(t, c, toBlocks("fill", "web", 80, fill...))
+	if err := update(c.Compile()); err != nil {
+		t.Fatal(err)
+	}
+	allowed("blocks that fit", "172.16.6.1", 80)
+
+	// What is around the hole is there already, and the hole finds no room.
+	setPolicy(t, c, toBlocks("hole", "web", 81, block("20.0.0.0/8", "20.1.0.0/16")))
+	named(update(c.Compile()), "ns/fill, ns/hole, ns/policy: its endpoints are closed: ", "no room: it has 8 entries")
+	denied("with a hole that found no room", "20.1.0.1", 81)
+	// What has room goes on being enforced, and goes on being said.
+	setPod(t, c, townPod("late", "10.0.0.9"))
+	setPolicy(t, c, allow("late", "late", "client", 80))
+	named(update(c.Compile()), "ns/hole")
+	late, _ := l.add(request(l.veth("late"), "10.0.0.9"))
+	if a := l.probe(late.Gate, policy.Ingress, "10.0.0.9", clientAddr, 80); a.Reason != byPolicy {
+		t.Errorf("a policy that came later: %+v", a)
+	}
+	// Room for both, but no word that it is worth while to write all.
+	setPolicy(t, c, toBlocks("fill", "web", 80, fill[4:]...))
+	_ = update(c.Compile())
+	_ = update(c.Compact())
+	denied("with room that came", "20.1.0.1", 81)
+	pastGrace()
+	if err := update(c.Snapshot()); err != nil {
+		t.Errorf("with room for all: %v", err)
+	}
+	allowed("with room for all", "20.2.0.1", 81)
+	denied("with room for all", "20.1.0.1", 81)
+
+	// Of new blocks the holes are first. What is missing allows nothing, and
+	// closes nothing.
+	c.DeletePolicy("fill")
+	_ = update(c.Compile())
+	_ = update(c.Compact())
+	var many []policy.Peer
+	for i := range 12 {
+		many = append(many, block(fmt.Sprintf("30.%d.0.0/16", i)))
+	}
+	setPolicy(t, c, toBlocks("many", "web", 82, append(many, block("30.0.0.0/8", "30.99.0.0/16"))...))
+	named(update(c.Compile()), "of its addresses and blocks found no room")
+	allowed("beside what is missing", "20.2.0.1", 81)
+	denied("a hole", "30.99.0.1", 82)
+	setPolicy(t, c, toBlocks("many", "web", 82, many[:3]...))
+	_ = update(c.Compile())
+	_ = update(c.Compact())
+	pastGrace()
+	if err := update(c.Snapshot()); err != nil {
+		t.Errorf("with few blocks: %v", err)
+	}
+	allowed("with few blocks", "30.2.0.1", 82)
+}

@@ -4,6 +4,7 @@
 package pinning
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -28,7 +29,8 @@ func (w *writer) moves(u policy.Update) ([]move, error) {
 		key := policy.PeerKey{Prefix: p.Prefix, Exact: p.Exact}
 		class, ok := w.a.classID(p.Class)
 		if !ok {
-			w.unclassified(key, p.Class, fmt.Errorf("class %s: %w", p.Class, ErrNotFound))
+			w.a.peers[key] = peer{class: classUnknown}
+			w.placed(key, fmt.Errorf("class %s: %w", p.Class, ErrNotFound))
 			continue
 		}
 		w.a.peers[key] = peer{class, p.Owner}
@@ -111,15 +113,18 @@ func exactKey(a netip.Addr) policy.PeerKey {
 	return policy.PeerKey{Prefix: netip.PrefixFrom(a, a.BitLen()), Exact: true}
 }
 
-// covering is the class of the longest named block around a prefix.
+// covering is the class of the longest block around a prefix that is there.
 func (a *applied) covering(p netip.Prefix) uint32 {
 	for bits := p.Bits(); bits >= 0; bits-- {
 		around, err := p.Addr().Prefix(bits)
 		if err != nil {
 			return 0
 		}
-		if class, named := a.peers[policy.PeerKey{Prefix: around}]; named {
-			return class.class
+		key := policy.PeerKey{Prefix: around}
+		if class, named := a.peers[key]; named {
+			if _, missing := a.missing[key]; !missing {
+				return class.class
+			}
 		}
 	}
 	return 0
@@ -153,19 +158,21 @@ func (w *writer) setPeers(list []move) error {
 		return err
 	}
 	exact := batch[bpf.DatapathAddress, bpf.DatapathPeer]{m: peers}
+	// Holes come before what is around them: if there is no room for both it is
+	// better to have the hole.
+	slices.SortFunc(list, func(a, b move) int { return cmp.Compare(b.key.Prefix.Bits(), a.key.Prefix.Bits()) })
 	var moved []move
 	flush := func() {
-		for i, err := range exact.flush() {
-			w.unclassified(moved[i].key, w.a.classes.used[moved[i].class], err)
+		failed := exact.flush()
+		for i, m := range moved {
+			w.placed(m.key, failed[i])
 		}
 		moved = moved[:0]
 	}
 	for _, m := range list {
 		if !m.key.Exact {
 			key := blockKey(m.key.Prefix)
-			if err := put(blocks, &key, &bpf.DatapathPeer{Class: m.class}); err != nil {
-				w.unclassified(m.key, w.a.classes.used[m.class], err)
-			}
+			w.placed(m.key, put(blocks, &key, &bpf.DatapathPeer{Class: m.class}))
 			continue
 		}
 		a := wire(m.key.Prefix.Addr())
@@ -197,6 +204,7 @@ func (w *writer) finish(list []move) error {
 		if err := w.removePeer(m.key); err != nil {
 			return err
 		}
+		delete(w.a.missing, m.key)
 		gone = append(gone, m.key)
 	}
 	if len(list) == 0 {
@@ -206,18 +214,6 @@ func (w *writer) finish(list []move) error {
 		return err
 	}
 	return w.setPeers(stay)
-}
-
-// unclassified closes the rulesets that deny the class of a peer that could
-// not be given it. Others allow a peer without class no more than they should.
-func (w *writer) unclassified(p policy.PeerKey, d policy.Digest, err error) {
-	w.problem(fmt.Errorf("peer %s: %w", p.Prefix, err))
-	class, ok := w.a.classID(d)
-	for ruleset, cells := range w.a.cells {
-		if info, has := cells[class]; ok && has && info.denies {
-			w.breakRuleset(w.a.rulesets.used[ruleset], err)
-		}
-	}
 }
 
 // reclassify gives their class to addresses that updates do not name: those of
@@ -287,7 +283,7 @@ func (s *State) restorePeers(e Endpoint) error {
 	}
 	for _, a := range e.Addresses {
 		want, named := s.applied.peers[exactKey(a)]
-		if !named {
+		if !named || want.class == classUnknown {
 			continue
 		}
 		w := wire(a)

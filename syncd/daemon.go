@@ -8,12 +8,14 @@ package syncd
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"log/slog"
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -89,6 +91,14 @@ type Daemon struct {
 	repaired time.Time
 	// stale says that the state may miss something the compiler told before.
 	stale bool
+	// short says that something found no room in the state, which goes on with
+	// the rest: all of it is worth another try only when something has gone,
+	// which tries counts.
+	short bool
+	tries int
+	// tried is when all was written last, retry how long after it is tried
+	// again.
+	tried time.Time
 	retry time.Duration
 	// pending is how many revisions of the source the state does not have yet.
 	pending int
@@ -254,9 +264,8 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 		if ready {
 			d.refresh(ctx)
 			retry = nil
-			if d.stale {
-				retry = time.After(d.retry)
-				d.retry = min(2*d.retry, d.opts.Repair)
+			if d.stale || d.short && d.tries > 0 {
+				retry = time.After(time.Until(d.tried.Add(d.retry)))
 			}
 			if compact == nil && d.compiler.Pending() {
 				compact = time.After(d.opts.Grace)
@@ -293,17 +302,24 @@ func (d *Daemon) refresh(ctx context.Context) {
 		return
 	}
 	d.problems.replace("inventory", d.inventory.Update(d.compiler))
-	update := d.compiler.Compile()
-	if d.stale {
+	d.bind(ctx)
+	again := d.stale || d.short && d.tries > 0
+	if again && time.Since(d.tried) >= d.retry {
+		d.tries--
+		d.retry = min(2*d.retry, d.opts.Repair)
 		// What is retired may be what had no room.
 		d.compiler.Compact()
-		update = d.compiler.Snapshot()
+		d.apply(ctx, d.compiler.Snapshot())
+		return
 	}
-	d.bind(ctx)
+	if d.stale {
+		return
+	}
+	update := d.compiler.Compile()
 	switch {
 	case !isEmpty(&update):
 		d.apply(ctx, update)
-	case !d.stale:
+	case !d.short:
 		d.caughtUp()
 	}
 }
@@ -367,8 +383,9 @@ func (d *Daemon) bind(ctx context.Context) {
 	d.problems.replace("bind", failed)
 }
 
-// apply hands an update to the state. When something of it could not be
-// written, the next one is the whole state.
+// apply hands an update to the state. After a failure the next one is the whole
+// state. What found no room does not fail the rest: the state goes on from what
+// it has.
 func (d *Daemon) apply(ctx context.Context, update policy.Update) {
 	began := time.Now()
 	applied, err := d.opts.State.Apply(ctx, update)
@@ -382,14 +399,68 @@ func (d *Daemon) apply(ctx context.Context, update policy.Update) {
 	d.opts.Metrics.Applied(time.Since(began), len(failed) == 0)
 	d.log.Info("applied", "full", update.Full, "rulesets", applied.Rulesets, "cells", applied.Cells,
 		"peers", applied.Peers, "gates", applied.Gates, "problems", len(failed), "took", time.Since(began))
-	var problems []source.Problem
+	wasShort := d.short
+	d.stale, d.short = false, d.short && !update.Full
 	for _, err := range failed {
-		problems = append(problems, source.Problem{Subject: "kernel state", Reason: err.Error()})
+		full := errors.Is(err, pinning.ErrFull)
+		d.short = d.short || full
+		d.stale = d.stale || !full
 	}
-	d.problems.replace("apply", problems)
-	if d.stale = len(failed) > 0; !d.stale {
+	makesRoom := d.short && (!wasShort || makesRoom(&update))
+	if makesRoom {
+		d.tries, d.retry = roomTries, d.opts.Retry
+	}
+	switch {
+	case update.Full, makesRoom, d.stale:
+		d.tried = time.Now()
+	}
+	if !d.stale && !d.short {
 		d.caughtUp()
 	}
+	d.blame(failed, d.short && !update.Full)
+}
+
+// roomTries is how often it is tried to write everything after something has
+// gone: what goes makes room only when its time of grace is over.
+const roomTries = 4
+
+// makesRoom says whether an update takes something away that there are few of.
+// Addresses come and go all the time.
+func makesRoom(u *policy.Update) bool {
+	isBlock := func(p policy.PeerKey) bool { return !p.Exact }
+	return !u.Full && (len(u.GoneRulesets)+len(u.GoneClasses)+len(u.GoneRules)+len(u.GonePolicies)+len(u.GoneSubjects) > 0 ||
+		slices.ContainsFunc(u.GonePeers, isBlock))
+}
+
+// blame names what could not be written. Of a state that goes on without
+// something the problems from before stand; those of policies it names anew.
+func (d *Daemon) blame(failed []error, stand bool) {
+	var problems []source.Problem
+	for _, err := range failed {
+		var about *pinning.PolicyError
+		if !errors.As(err, &about) {
+			problems = append(problems, source.Problem{Subject: "kernel state", Reason: err.Error()})
+			continue
+		}
+		for _, p := range about.Policies {
+			out := source.Problem{Subject: strings.TrimPrefix(p.Kind+" "+p.Namespace+"/"+p.Name, " "), Reason: about.Err.Error()}
+			if key, ok := d.inventory.Policy(p.UID); ok {
+				out.Subject, out.Object = key.String(), key
+			}
+			if !slices.Contains(problems, out) {
+				problems = append(problems, out)
+			}
+		}
+	}
+	if stand {
+		for _, p := range d.problems.standing["apply"] {
+			p.Since = time.Time{}
+			if p.Subject == "kernel state" && !slices.Contains(problems, p) {
+				problems = append(problems, p)
+			}
+		}
+	}
+	d.problems.replace("apply", problems)
 }
 
 // caughtUp notes that the state has everything the daemon knows.

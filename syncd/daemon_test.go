@@ -43,6 +43,8 @@ type recorder struct {
 	fail      map[string]error
 	changes   chan struct{}
 	usage     []pinning.MapUsage
+	// short is what finds no room, of any update.
+	short error
 }
 
 func newRecorder() *recorder {
@@ -109,9 +111,7 @@ func (r *recorder) Bind(_ context.Context, key pinning.AttachmentKey, pod policy
 func (r *recorder) Apply(_ context.Context, u policy.Update) (pinning.Applied, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.step("Apply"); errors.Is(err, pinning.ErrFull) {
-		return pinning.Applied{Problems: []error{err}}, nil
-	} else if err != nil {
+	if err := r.step("Apply"); err != nil {
 		return pinning.Applied{}, err
 	}
 	r.updates = append(r.updates, u)
@@ -123,6 +123,9 @@ func (r *recorder) Apply(_ context.Context, u policy.Update) (pinning.Applied, e
 	}
 	for _, k := range u.GoneSubjects {
 		delete(r.subjects, k)
+	}
+	if r.short != nil {
+		return pinning.Applied{Problems: []error{r.short}}, nil
 	}
 	return pinning.Applied{}, nil
 }
@@ -355,12 +358,7 @@ func TestRunFollows(t *testing.T) {
 }
 
 func TestRunRepeatsWhatFailed(t *testing.T) {
-	for _, err := range []error{errors.New("out of order"), fmt.Errorf("cells: %w", pinning.ErrFull)} {
-		t.Run(err.Error(), func(t *testing.T) { testRunRepeats(t, err) })
-	}
-}
-
-func testRunRepeats(t *testing.T, failure error) {
+	failure := errors.New("out of order")
 	state := newRecorder()
 	b := start(t, state)
 	b.set(pod("x", "1"))
@@ -378,6 +376,50 @@ func testRunRepeats(t *testing.T, failure error) {
 	b.until("a full update after the failure", func(r *recorder, _ status.Status) bool {
 		return slices.ContainsFunc(r.updates[1:], func(u policy.Update) bool { return u.Full })
 	})
+}
+
+// TestRunWithoutRoom asks that what finds no room is put aside: named, with no
+// more than a few tries to write everything until something has gone, while the
+// rest is kept up to date.
+func TestRunWithoutRoom(t *testing.T) {
+	state := newRecorder()
+	b := start(t, state)
+	fulls := func(r *recorder) (n int) {
+		for _, u := range r.updates {
+			if u.Full {
+				n++
+			}
+		}
+		return n
+	}
+	b.set(pod("x", "1") + strings.ReplaceAll(isolate("1"), "name: p", "name: other"))
+	b.until("isolated", subjectIs("a/x", true))
+	state.mu.Lock()
+	state.short = &pinning.PolicyError{
+		Policies: []policy.PolicyInfo{{UID: "NetworkPolicy a/p", Kind: "NetworkPolicy", Namespace: "a", Name: "p"}},
+		Err:      fmt.Errorf("its endpoints are closed: %w", pinning.ErrFull),
+	}
+	state.mu.Unlock()
+	b.set(pod("y", "2") + isolate("2"))
+	b.until("named", hasProblem("NetworkPolicy a/p: its endpoints are closed: no room"))
+	b.until("tried", func(r *recorder, _ status.Status) bool { return fulls(r) == 1+roomTries })
+	for i := range 20 {
+		name := fmt.Sprintf("more-%d", i)
+		b.set(pod(name, "1"))
+		b.until("the rest up to date", subjectIs(policy.PodKey("a/"+name), true))
+	}
+	b.until("put aside, and said", func(r *recorder, s status.Status) bool {
+		return fulls(r) == 1+roomTries && hasProblem("NetworkPolicy a/p")(r, s)
+	})
+	state.mu.Lock()
+	state.short = nil
+	state.mu.Unlock()
+	b.set(pod("last", "1"))
+	b.until("up to date", subjectIs("a/last", true))
+	b.until("still put aside", func(r *recorder, _ status.Status) bool { return fulls(r) == 1+roomTries })
+	b.feed.batches <- source.Batch{Gone: []manifest.Key{{Kind: manifest.KindNetworkPolicy, Namespace: "a", Name: "other"}}}
+	b.until("well", hasNone)
+	b.until("tried again", func(r *recorder, _ status.Status) bool { return fulls(r) > 1+roomTries })
 }
 
 func TestRunGoesOn(t *testing.T) {

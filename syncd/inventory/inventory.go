@@ -206,6 +206,12 @@ func (i *Inventory) Pods() []policy.Pod {
 	})
 }
 
+// Policy answers the object of the policy that the compiler knows by a UID.
+func (i *Inventory) Policy(uid string) (manifest.Key, bool) {
+	key, ok := i.origins[uid]
+	return key, ok
+}
+
 // Counts answers how many policies, pods and namespaces the compiler has.
 func (i *Inventory) Counts() (policies, pods, namespaces int) {
 	return len(i.policies), len(i.pods), len(i.namespaces)
