@@ -8,23 +8,21 @@ package cluster
 import (
 	"context"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
 
 	"github.com/podgate/podgate/test/netlab"
 )
 
 // Plugins fills dir, which must exist, with the reference CNI plugins and with
-// podgate of this source tree, in whose root directory the process must be.
+// podgate of this source tree, in whose root directory the process must be: as
+// `make build` makes it.
 func Plugins(ctx context.Context, dir string) error {
-	if err := netlab.Build(ctx, dir); err != nil {
+	if err := netlab.BuildReference(ctx, dir); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", filepath.Join(dir, "podgate"), "./cmd/podgate")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd := exec.CommandContext(ctx, "make", "build", "BIN="+dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("go build ./cmd/podgate: %w\n%s", err, out)
+		return fmt.Errorf("make build: %w\n%s", err, out)
 	}
 	return nil
 }
