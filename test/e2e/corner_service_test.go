@@ -22,13 +22,14 @@ type serviceLab struct {
 	allowedSvc, deniedSvc *core.Service
 }
 
-func newServiceLab(t *testing.T, s *suite) *serviceLab {
+// newServiceLab makes them, as change wants them if it is not nil.
+func newServiceLab(t *testing.T, s *suite, change func(*core.Pod)) *serviceLab {
 	l := &serviceLab{lab: s.lab(t)}
 	web := func(name, node string) podSpec {
-		return podSpec{name: name + "-" + node, node: node, labels: map[string]string{"app": name, "tier": "web"}}
+		return podSpec{name: name + "-" + node, node: node, labels: map[string]string{"app": name, "tier": "web"}, change: change}
 	}
 	pods := l.newPods(
-		podSpec{name: "client", node: "n1"},
+		podSpec{name: "client", node: "n1", change: change},
 		web("good", "n1"), web("good", "n2"), web("bad", "n1"), web("bad", "n2"),
 	)
 	l.client, l.allowed, l.denied = pods[0], pods[1:3], pods[3:5]
@@ -40,7 +41,7 @@ func newServiceLab(t *testing.T, s *suite) *serviceLab {
 // testEgressThroughService: egress is judged on the backend that kube-proxy
 // chose and on its port, by selector and by block.
 func testEgressThroughService(t *testing.T, s *suite) {
-	l := newServiceLab(t, s)
+	l := newServiceLab(t, s, nil)
 	l.expect(l.reachesService(answered, l.allowedSvc, l.client), l.reachesService(answered, l.deniedSvc, l.client))
 
 	l.policy(`
@@ -112,7 +113,7 @@ spec:
 
 // testEgressThroughNodePort: the same through the address of a node.
 func testEgressThroughNodePort(t *testing.T, s *suite) {
-	l := newServiceLab(t, s)
+	l := newServiceLab(t, s, nil)
 	l.expect(l.reachesNodePort(answered, l.allowedSvc, l.client), l.reachesNodePort(answered, l.deniedSvc, l.client))
 	l.policy(`
 metadata: { name: egress }
@@ -144,7 +145,7 @@ spec:
 // testRepliesThroughService: answers of a Service's backends belong to the
 // pod's question, in any amount, with both ends isolated.
 func testRepliesThroughService(t *testing.T, s *suite) {
-	l := newServiceLab(t, s)
+	l := newServiceLab(t, s, nil)
 	l.policy(`
 metadata: { name: all-isolated }
 spec: { podSelector: {}, policyTypes: [Ingress, Egress] }

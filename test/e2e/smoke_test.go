@@ -56,6 +56,16 @@ func testSmoke(t *testing.T, s *suite) {
 	}
 }
 
+// resolver is the address of the cluster's.
+func (s *suite) resolver(t *testing.T) netip.AddrPort {
+	t.Helper()
+	service, err := s.Client.CoreV1().Services("kube-system").Get(t.Context(), "kube-dns", meta.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return netip.AddrPortFrom(netip.MustParseAddr(service.Spec.ClusterIP), 53)
+}
+
 // service makes a dual-stack Service whose ports are not those of its pods: 80
 // is their 8080, 81 their 8081, TCP and UDP.
 func (l *lab) service(name string, selector map[string]string, kind core.ServiceType) *core.Service {

@@ -53,6 +53,82 @@ func (p *pod) closeServers() {
 	p.servers = nil
 }
 
+// namePort is where [pod.tellName] does.
+const namePort = 9000
+
+// tellName answers whoever asks on namePort, TCP and UDP, with the pod's name.
+func (p *pod) tellName() error {
+	return p.Do(func() error {
+		tcp, err := net.ListenTCP("tcp", &net.TCPAddr{Port: namePort})
+		if err != nil {
+			return err
+		}
+		udp, err := net.ListenUDP("udp", &net.UDPAddr{Port: namePort})
+		if err != nil {
+			return errors.Join(err, tcp.Close())
+		}
+		p.servers = append(p.servers, func() { tcp.Close(); udp.Close() })
+		go func() {
+			for {
+				c, err := tcp.Accept()
+				if err != nil {
+					return
+				}
+				_, _ = io.WriteString(c, p.Name) // who does not read it asks again
+				c.Close()
+			}
+		}()
+		go func() {
+			for {
+				_, from, err := udp.ReadFrom(make([]byte, 1))
+				if err != nil {
+					return
+				}
+				_, _ = udp.WriteTo([]byte(p.Name), from) // a lost answer is a lost packet
+			}
+		}()
+		return nil
+	})
+}
+
+// askName asks what answers with its name.
+func (p *pod) askName(network string, to netip.AddrPort) (name string, got outcome, err error) {
+	got, err = punctually(func() error {
+		c, err := p.dial(network, to)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		if err := c.SetDeadline(time.Now().Add(dialTimeout)); err != nil {
+			return err
+		}
+		if network == "udp" {
+			if _, err := c.Write([]byte{0}); err != nil {
+				return err
+			}
+		}
+		b := make([]byte, 256)
+		n, err := c.Read(b)
+		name = string(b[:n])
+		return err
+	})
+	return name, got, err
+}
+
+// lookup asks a resolver for the addresses of a name, of a family: ip4 or ip6.
+func (p *pod) lookup(resolver netip.AddrPort, family, name string) ([]netip.Addr, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), dialTimeout)
+	defer cancel()
+	r := net.Resolver{PreferGo: true, Dial: func(_ context.Context, network, _ string) (net.Conn, error) {
+		return p.dial(network, resolver)
+	}}
+	addresses, err := r.LookupNetIP(ctx, family, name+".")
+	for i := range addresses {
+		addresses[i] = addresses[i].Unmap()
+	}
+	return addresses, err
+}
+
 func echoStreams(l net.Listener) {
 	for {
 		c, err := l.Accept()
@@ -232,28 +308,38 @@ func (l *lab) expectWithin(limit time.Duration, groups ...[]probe) {
 	}
 }
 
-// attempt makes every probe once, many at a time, and returns those with
-// another outcome than they must have.
+// attempt makes every probe once and returns those with another outcome than
+// they must have.
 func attempt(probes []probe) error {
+	return concurrently(len(probes), func(i int) error {
+		p := probes[i]
+		got, err := p.from.talk(p.network, p.to)
+		if err != nil {
+			return fmt.Errorf("%s: %w", p, err)
+		}
+		if got != p.want {
+			return fmt.Errorf("%s: %s, must be %s", p, got, p.want)
+		}
+		return nil
+	})
+}
+
+// concurrently calls do with 0 to n-1, many at a time, and returns all errors.
+func concurrently(n int, do func(int) error) error {
 	var (
 		wg    sync.WaitGroup
 		slots = make(chan struct{}, 16)
-		wrong = make([]error, len(probes))
+		errs  = make([]error, n)
 	)
-	for i, p := range probes {
+	for i := range n {
 		wg.Go(func() {
 			slots <- struct{}{}
 			defer func() { <-slots }()
-			got, err := p.from.talk(p.network, p.to)
-			if err != nil {
-				wrong[i] = fmt.Errorf("%s: %w", p, err)
-			} else if got != p.want {
-				wrong[i] = fmt.Errorf("%s: %s, must be %s", p, got, p.want)
-			}
+			errs[i] = do(i)
 		})
 	}
 	wg.Wait()
-	return errors.Join(wrong...)
+	return errors.Join(errs...)
 }
 
 // stream is an open connection that a test uses again and again.
