@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -55,6 +56,40 @@ func TestServiceOfManyBackends(t *testing.T) {
 		who, err := ask(p.pods["client"], "tcp", 0, netip.AddrPortFrom(vip(1, pod.v4), 80), 30*time.Second)
 		if who != "good" {
 			p.t.Errorf("after trying again %q answers, %v", who, err)
+		}
+	})
+}
+
+// TestServiceAffinity: a client stays with the backend it got, be it one that it
+// may reach or not.
+func TestServiceAffinity(t *testing.T) {
+	everyPlaza(t, func(p *plaza) {
+		if p.iptables {
+			p.must(p.Do(func() error {
+				if err := exec.Command("iptables", "-w", "-A", "INPUT", "-m", "recent", "--set").Run(); err != nil {
+					p.t.Skipf("the kernel has no xt_recent: %v", err)
+				}
+				return nil
+			}))
+		}
+		p.sticky = true
+		s := service(1, policy.UDP, 8053, friend, foe)
+		for i, f := range s.Frontends {
+			met := map[string]int{}
+			for round := 0; len(met) < 2 && round < 40; round++ {
+				p.translate(nil) // and forget
+				p.set(s)
+				first, _ := ask(p.pods["client"], "udp", 0, f, 200*time.Millisecond)
+				met[first]++
+				for range 3 {
+					if who, _ := ask(p.pods["client"], "udp", 0, f, 200*time.Millisecond); who != first {
+						p.t.Fatalf("%s is answered by %q, and then by %q", f, first, who)
+					}
+				}
+			}
+			if met["good"] == 0 || met[""] == 0 {
+				p.t.Errorf("family %d: %s is answered by %v", i, f, met)
+			}
 		}
 	})
 }
@@ -505,20 +540,31 @@ func TestAfterNATStays(t *testing.T) {
 	default:
 	}
 
-	// Somebody removes a link, and the daemon notices.
-	p.must(os.Remove(filepath.Join(p.layout().LinksDir(), "netfilter", "forward_ipv4")))
-	if err := p.state.Ready(t.Context()); !errors.Is(err, pinning.ErrDiffers) {
-		t.Errorf("without a link it is ready: %v", err)
+	// Somebody removes or detaches a link, and the daemon notices.
+	path = filepath.Join(p.layout().LinksDir(), "netfilter", "forward_ipv4")
+	for what, lose := range map[string]func() error{
+		"removed": func() error { return os.Remove(path) },
+		"detached": func() error {
+			l, err := link.LoadPinnedLink(path, nil)
+			if err != nil {
+				return err
+			}
+			return errors.Join(l.Detach(), l.Close())
+		},
+	} {
+		p.must(lose())
+		p.must(p.Do(func() error {
+			if err := p.state.Ready(t.Context()); !errors.Is(err, pinning.ErrDiffers) {
+				t.Errorf("with a link %s it is ready: %v", what, err)
+			}
+			done, err := p.state.Repair(t.Context())
+			if len(done) != 1 {
+				t.Errorf("with a link %s repaired is %v", what, done)
+			}
+			return errors.Join(err, p.state.Ready(t.Context()))
+		}))
+		p.from("another backend with a link "+what, "udp", denied.Frontends[0], "")
 	}
-	p.must(p.Do(func() error {
-		done, err := p.state.Repair(t.Context())
-		if len(done) != 1 {
-			t.Errorf("repaired is %v", done)
-		}
-		return err
-	}))
-	p.must(p.state.Ready(t.Context()))
-	p.from("another backend", "udp", denied.Frontends[0], "")
 }
 
 // flood asks the same all the time, each time from another port.

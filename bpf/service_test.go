@@ -38,6 +38,8 @@ type plaza struct {
 	*street
 	far      *netlab.Pod
 	iptables bool
+	// sticky gives Services sessionAffinity: ClientIP.
+	sticky   bool
 	services []pinning.Service
 }
 
@@ -255,9 +257,9 @@ func (p *plaza) set(all ...pinning.Service) {
 func (p *plaza) translate(all []pinning.Service) {
 	p.t.Helper()
 	for _, family := range []string{"4", "6"} {
-		command, rules := exec.Command("nft", "-f", "-"), nftRules(family, all)
+		command, rules := exec.Command("nft", "-f", "-"), nftRules(family, all, p.sticky)
 		if p.iptables {
-			command, rules = exec.Command("iptables-restore", "-w"), iptablesRules(family, all)
+			command, rules = exec.Command("iptables-restore", "-w"), iptablesRules(family, all, p.sticky)
 			if family == "6" {
 				command = exec.Command("ip6tables-restore", "-w")
 			}
@@ -287,21 +289,28 @@ func ofFamily(family string, list []netip.AddrPort) (out []netip.AddrPort) {
 }
 
 // nftRules are like those of kube-proxy --proxy-mode=nftables.
-func nftRules(family string, all []pinning.Service) string {
+func nftRules(family string, all []pinning.Service, sticky bool) string {
 	ip := map[string]string{"4": "ip", "6": "ip6"}[family]
 	var b, chains strings.Builder
 	for i, s := range all {
 		backends := ofFamily(family, s.Backends)
 		var verdicts []string
+		var before string
 		for j, to := range backends {
-			fmt.Fprintf(&chains, " chain endpoint-%d-%d { %s saddr %s meta mark set mark or 0x4000; meta l4proto %s dnat to %s; }\n",
-				i, j, ip, to.Addr(), protocolWord(s.Protocol), to)
+			remember := ""
+			if sticky {
+				fmt.Fprintf(&chains, " set affinity-%d-%d { type ipv%s_addr; flags dynamic,timeout; timeout 10800s; }\n", i, j, family)
+				remember = fmt.Sprintf("update @affinity-%d-%d { %s saddr };", i, j, ip)
+				before += fmt.Sprintf("%[1]s saddr @affinity-%[2]d-%[3]d goto endpoint-%[2]d-%[3]d; ", ip, i, j)
+			}
+			fmt.Fprintf(&chains, " chain endpoint-%d-%d { %s saddr %s meta mark set mark or 0x4000; %s meta l4proto %s dnat to %s; }\n",
+				i, j, ip, to.Addr(), remember, protocolWord(s.Protocol), to)
 			verdicts = append(verdicts, fmt.Sprintf("%d : goto endpoint-%d-%d", j, i, j))
 		}
 		if len(backends) == 0 {
 			continue
 		}
-		fmt.Fprintf(&chains, " chain service-%d { numgen random mod %d vmap { %s }; }\n", i, len(backends), strings.Join(verdicts, ", "))
+		fmt.Fprintf(&chains, " chain service-%d { %snumgen random mod %d vmap { %s }; }\n", i, before, len(backends), strings.Join(verdicts, ", "))
 		for _, f := range ofFamily(family, s.Frontends) {
 			fmt.Fprintf(&b, "  %s daddr %s %s dport %d goto service-%d\n", ip, f.Addr(), protocolWord(s.Protocol), f.Port(), i)
 		}
@@ -319,20 +328,29 @@ table %[1]s kube-proxy {
 }
 
 // iptablesRules are like those of kube-proxy --proxy-mode=iptables.
-func iptablesRules(family string, all []pinning.Service) string {
-	var chains, rules strings.Builder
+func iptablesRules(family string, all []pinning.Service, sticky bool) string {
+	var chains, before, rules strings.Builder
 	for i, s := range all {
 		backends := ofFamily(family, s.Backends)
 		fmt.Fprintf(&chains, ":KUBE-SVC-%d - [0:0]\n", i)
 		for j, to := range backends {
 			fmt.Fprintf(&chains, ":KUBE-SEP-%d-%d - [0:0]\n", i, j)
 			fmt.Fprintf(&rules, "-A KUBE-SEP-%d-%d -s %s -j KUBE-MARK-MASQ\n", i, j, to.Addr())
-			fmt.Fprintf(&rules, "-A KUBE-SEP-%d-%d -p %s -m %[3]s -j DNAT --to-destination %[4]s\n", i, j, protocolWord(s.Protocol), to)
+			remember := ""
+			if sticky {
+				remember = fmt.Sprintf("-m recent --name KUBE-SEP-%d-%d --set", i, j)
+			}
+			fmt.Fprintf(&rules, "-A KUBE-SEP-%d-%d -p %s -m %[3]s %[5]s -j DNAT --to-destination %[4]s\n", i, j, protocolWord(s.Protocol), to, remember)
 			chance := ""
 			if left := len(backends) - j; left > 1 {
 				chance = fmt.Sprintf("-m statistic --mode random --probability %f", 1/float64(left))
 			}
 			fmt.Fprintf(&rules, "-A KUBE-SVC-%d %s -j KUBE-SEP-%d-%d\n", i, chance, i, j)
+		}
+		for j := range backends {
+			if sticky {
+				fmt.Fprintf(&before, "-A KUBE-SVC-%[1]d -m recent --name KUBE-SEP-%[1]d-%[2]d --rcheck --seconds 10800 --reap -j KUBE-SEP-%[1]d-%[2]d\n", i, j)
+			}
 		}
 		for _, f := range ofFamily(family, s.Frontends) {
 			fmt.Fprintf(&rules, "-A KUBE-SERVICES -d %s -p %s -m %[2]s --dport %[3]d -j KUBE-SVC-%[4]d\n",
@@ -340,7 +358,7 @@ func iptablesRules(family string, all []pinning.Service) string {
 		}
 	}
 	return "*nat\n:PREROUTING ACCEPT [0:0]\n:POSTROUTING ACCEPT [0:0]\n:KUBE-SERVICES - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n" + chains.String() +
-		"-A PREROUTING -j KUBE-SERVICES\n-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000\n" + rules.String() +
+		"-A PREROUTING -j KUBE-SERVICES\n-A KUBE-MARK-MASQ -j MARK --or-mark 0x4000\n" + before.String() + rules.String() +
 		"-A POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE --random-fully\nCOMMIT\n"
 }
 

@@ -15,7 +15,7 @@ import (
 // Capacity is how much an instance can hold. It is fixed when the instance is
 // made; who adopts one gets its capacity. Zero fields mean the defaults.
 type Capacity struct {
-	// Endpoints gated at once; 1024. Four slots are set aside for each.
+	// Endpoints gated at once; 1024, and 4096 at most. Four slots are set aside for each.
 	Endpoints uint32 `json:"endpoints,omitempty"`
 	// Flows tracked; 262144. The least recently used make room.
 	Flows uint32 `json:"flows,omitempty"`
@@ -61,11 +61,17 @@ func (c Capacity) validate() error {
 	if c.EventBytes < 4096 || bits.OnesCount32(c.EventBytes) != 1 {
 		return fmt.Errorf("%w: capacity eventBytes %d is not a power of two of at least 4096", ErrInvalid, c.EventBytes)
 	}
-	if c.Endpoints > 1<<20 {
-		return fmt.Errorf("%w: capacity endpoints %d is over %d", ErrInvalid, c.Endpoints, 1<<20)
+	if c.Endpoints > maxEndpoints {
+		return fmt.Errorf("%w: capacity endpoints %d is over %d", ErrInvalid, c.Endpoints, maxEndpoints)
 	}
 	return nil
 }
+
+// maxEndpoints keeps the slot of every gate within the 15 bits that a packet
+// carries it in (TAG_SLOT of bpf/include/types.h). Without it what a pod whose
+// sources are not checked sends to a Service would be nobody's after
+// translation, and so let through.
+const maxEndpoints = 4096
 
 // gateSlots is a power of two with at most a quarter of it in use, so that a
 // gate is nearly always in its first slot.

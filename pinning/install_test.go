@@ -39,7 +39,7 @@ func TestOptionsThatCannotWork(t *testing.T) {
 		"parent":     {Layout: pinning.Layout{Name: ".."}},
 		"odd ring":   {Capacity: pinning.Capacity{EventBytes: 5000}},
 		"small ring": {Capacity: pinning.Capacity{EventBytes: 2048}},
-		"endpoints":  {Capacity: pinning.Capacity{Endpoints: 1<<20 + 1}},
+		"endpoints":  {Capacity: pinning.Capacity{Endpoints: 4096 + 1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, err := pinning.Ensure(t.Context(), o); !errors.Is(err, pinning.ErrInvalid) {

@@ -226,7 +226,29 @@ func (s *State) checkNAT(h natHook, p *ebpf.Program) error {
 	if id, _ := pinfo.ID(); info.Program != id {
 		return fmt.Errorf("%w: link %s runs program %d, not %d", ErrDiffers, path, info.Program, id)
 	}
+	if err := isAttached(h, p, info); err != nil {
+		return fmt.Errorf("link %s: %w", path, err)
+	}
 	return nil
+}
+
+// isAttached tells whether a link still is where it says. Detached by force it
+// goes on saying so; but while it is there nobody else gets its priority.
+func isAttached(h natHook, p *ebpf.Program, info *link.Info) error {
+	at := info.Netfilter()
+	if at == nil {
+		return nil
+	}
+	l, err := link.AttachNetfilter(link.NetfilterOptions{
+		Program: p, ProtocolFamily: h.family, Hook: h.hook, Priority: at.Priority,
+	})
+	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(fmt.Errorf("%w: it is detached", ErrDiffers), l.Close())
 }
 
 // servicesAttached is nil when after_nat is where the mode says it is.

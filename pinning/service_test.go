@@ -328,9 +328,12 @@ func TestServicesMode(t *testing.T) {
 		if got, err := m.state.ServicesMode(); err != nil || got != mode {
 			t.Errorf("%s Services are judged %s, %v, not %s", when, got, err, mode)
 		}
-		if err := m.state.Ready(t.Context()); err != nil {
-			t.Errorf("%s it is not ready: %v", when, err)
-		}
+		m.do(func() error {
+			if err := m.state.Ready(t.Context()); err != nil {
+				t.Errorf("%s it is not ready: %v", when, err)
+			}
+			return nil
+		})
 	}
 	want("when there never were any", pinning.ServicesNone)
 	web := clusterIP("web", "10.96.0.1:80", "10.0.0.10:8080")
