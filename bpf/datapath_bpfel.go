@@ -421,9 +421,10 @@ type DatapathScratch struct {
 		TcpFlags      uint8
 		IcmpType      uint8
 		IcmpCode      uint8
+		Fragment      uint8
 		FirstFragment uint8
 		HopLimit      uint8
-		_             [3]byte
+		_             [2]byte
 	}
 	Quoted struct {
 		_             structs.HostLayout
@@ -437,9 +438,10 @@ type DatapathScratch struct {
 		TcpFlags      uint8
 		IcmpType      uint8
 		IcmpCode      uint8
+		Fragment      uint8
 		FirstFragment uint8
 		HopLimit      uint8
-		_             [3]byte
+		_             [2]byte
 	}
 	Judgement struct {
 		_       structs.HostLayout

@@ -352,7 +352,7 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 	rulesets = gate_rulesets(gate);
 	if (spoofs(skb, gate, p, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
-	how = HOW(dir, from_node(skb, dir), false, icmp_coordinate(p));
+	how = HOW(dir, from_node(skb, p, dir), false, icmp_coordinate(p));
 	if (is_hairpin(skb, where))
 		how |= HOW_HAIRPIN;
 	if (tcp_opens(p->tcp_flags)) {

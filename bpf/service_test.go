@@ -81,10 +81,8 @@ func newPlaza(t *testing.T, bridged, iptables bool) *plaza {
 // connect gives the node its uplink.
 func (p *plaza) connect(bridged bool) error {
 	if bridged {
-		for _, family := range []string{"iptables", "ip6tables"} {
-			if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+family, []byte("1"), 0); err != nil {
-				return err
-			}
+		if err := callIPTables(); err != nil {
+			return err
 		}
 		// The bridge plugin's hairpinMode.
 		for name := range p.pods {
@@ -114,6 +112,16 @@ func (p *plaza) connect(bridged bool) error {
 		return err
 	}
 	return errors.Join(netlink.LinkSetUp(l), address(l, uplink, 24, 64), route(l, farOut.v4, far.v4, 32), route(l, farOut.v6, far.v6, 128))
+}
+
+// callIPTables has netfilter see what is bridged.
+func callIPTables() error {
+	for _, family := range []string{"iptables", "ip6tables"} {
+		if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+family, []byte("1"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // isolate lets the client out to good's TCP ports and UDP 8053, and to far;

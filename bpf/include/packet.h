@@ -69,6 +69,7 @@ struct packet {
 	__u8 tcp_flags;
 	__u8 icmp_type;
 	__u8 icmp_code;
+	__u8 fragment; /* first or later */
 	__u8 first_fragment;
 	__u8 hop_limit;
 };
@@ -296,6 +297,7 @@ static __always_inline void packet_keep(struct packet *to,
 	to->tcp_flags = p->tcp_flags;
 	to->icmp_type = 0;
 	to->icmp_code = 0;
+	to->fragment = 0;
 	to->first_fragment = 0;
 }
 
@@ -437,6 +439,7 @@ __noinline int parse_v4(struct __sk_buff *skb, __u32 dir)
 	}
 	offset = bpf_ntohs(ip.frag_off);
 	p->fragment_id = bpf_ntohs(ip.id);
+	p->fragment = !!(offset & (IP_MF | IP_OFFSET));
 	if (offset & IP_OFFSET)
 		return p->shape = SHAPE_FRAGMENT;
 	parse_upper(skb, dir, total - header);
@@ -504,6 +507,7 @@ __noinline int parse_v6(struct __sk_buff *skb, __u32 dir)
 			return bad(p, REASON_MALFORMED);
 		if (next == IPPROTO_FRAGMENT) {
 			offset = (__u16)h[2] << 8 | h[3];
+			p->fragment = 1;
 			p->fragment_id = (__u32)h[4] << 24 | (__u32)h[5] << 16 |
 					 (__u32)h[6] << 8 | h[7];
 			if (offset & 0xfff8) {

@@ -153,18 +153,31 @@ static __always_inline int check_neighbour(struct __sk_buff *skb,
 }
 
 /*
+ * Sent by the node itself: it came in through no interface. The kernel takes
+ * apart what it put together to look at, and IPv6 packets that it makes for
+ * that have forgotten their interface (ip6_copy_metadata). The node's own
+ * fragments have a socket.
+ */
+static __always_inline bool from_node(struct __sk_buff *skb,
+				      const struct packet *p, __u32 dir)
+{
+	return dir == DIRECTION_INGRESS && !skb->ingress_ifindex &&
+	       (!p->fragment || skb->sk);
+}
+
+/*
  * Is the source address one that the sender may not use? Not even the pod's
- * own comes in from elsewhere: IPv6 stacks take such packets.
+ * own comes in from elsewhere, whatever the pod may send from: IPv6 stacks
+ * take such packets.
  */
 static __always_inline bool spoofs(struct __sk_buff *skb, struct gate *gate,
 				   const struct packet *p, __u32 dir)
 {
-	if (!(gate->flags & GATE_ANTI_SPOOF))
-		return false;
 	if (dir == DIRECTION_EGRESS)
-		return !is_own(gate, &p->key.local) && !is_dhcp(p);
+		return (gate->flags & GATE_ANTI_SPOOF) &&
+		       !is_own(gate, &p->key.local) && !is_dhcp(p);
 	return address_equal(&p->key.local, &p->key.peer) &&
-	       skb->ingress_ifindex && skb->ingress_ifindex != skb->ifindex;
+	       !from_node(skb, p, dir) && skb->ingress_ifindex != skb->ifindex;
 }
 
 /* Source MAC of what leaves the pod, target MAC of what reaches it. */

@@ -13,12 +13,6 @@
 #include "neighbour.h"
 #include "spoof.h"
 
-/* Sent by the node itself: it came in through no interface. */
-static __always_inline bool from_node(struct __sk_buff *skb, __u32 dir)
-{
-	return dir == DIRECTION_INGRESS && !skb->ingress_ifindex;
-}
-
 static __always_inline __u16 echo_coordinate(__u8 protocol)
 {
 	return (protocol == IPPROTO_ICMPV6 ? ICMPV6_ECHO_REQUEST : ICMP_ECHO)
@@ -262,7 +256,7 @@ __noinline int judge_stateless(struct __sk_buff *skb, __u32 where)
 	if (spoofs(skb, gate, &s->packet, dir))
 		return refuse_for(skb, REASON_SPOOFED_ADDRESS, where);
 	judge_first(&s->judgement, ruleset_of(gate_rulesets(gate), dir),
-		    HOW(dir, from_node(skb, dir), false,
+		    HOW(dir, from_node(skb, &s->packet, dir), false,
 			icmp_coordinate(&s->packet)));
 	if (s->judgement.action == ACTION_DENY)
 		return refuse(skb, where);
