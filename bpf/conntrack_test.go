@@ -407,13 +407,18 @@ func TestRelatedErrors(t *testing.T) {
 func TestRelatedErrorsOfThePod(t *testing.T) {
 	l := newLab(t).isolated()
 	got, out := between(receives, friend), between(sends, friend)
-	l.talk("open", friend, false, []step{{receives, udp17, udp(40000, 53), "pass policy", nil}})
+	for _, v6 := range []bool{false, true} {
+		l.talk("open", friend, v6, []step{{receives, udp17, udp(40000, 53), "pass policy", nil}})
+	}
 	for name, c := range map[string]struct {
 		frame []byte
 		want  string
 	}{
 		"port unreachable": {out.v4(icmp4, icmp(3, 3, 0, got.packet4(udp17, udp(40000, 53))...)), "pass"},
 		"another port":     {out.v4(icmp4, icmp(3, 3, 0, got.packet4(udp17, udp(40000, 54))...)), "drop default"},
+		"to another":       {between(sends, foe).v4(icmp4, icmp(3, 3, 0, got.packet4(udp17, udp(40000, 53))...)), "drop default"},
+		"to another, v6":   {between(sends, foe).v6(icmp58, icmp(1, 4, 0, got.packet6(udp17, 64, udp(40000, 53))...)), "drop default"},
+		"unreachable v6":   {out.v6(icmp58, icmp(1, 4, 0, got.packet6(udp17, 64, udp(40000, 53))...)), "pass"},
 		"from another": {path{host{pod.mac, foe.v4, foe.v6}, friend}.v4(icmp4, icmp(3, 3, 0, got.packet4(udp17, udp(40000, 53))...)),
 			"drop spoofed-address"},
 	} {

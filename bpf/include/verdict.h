@@ -210,7 +210,11 @@ __noinline int quoted_upper(struct __sk_buff *skb, __u32 at, __u32 dir)
 	return 1;
 }
 
-/* Is the ICMP error in scratch about a flow that is allowed (RFC 5927)? */
+/*
+ * Is the ICMP error in scratch about a flow that is allowed (RFC 5927)? Routers
+ * tell the pod of what it sent; the pod tells only who sent it something
+ * (RFC 1122 3.2.2, RFC 4443 2.2).
+ */
 __noinline int related(struct __sk_buff *skb, __u32 where)
 {
 	__u32 quoted_dir = WHERE_DIR(where) ^ 1;
@@ -229,7 +233,9 @@ __noinline int related(struct __sk_buff *skb, __u32 where)
 	at = s->packet.ethertype == ETH_P_IP ? quoted_v4(skb, at, quoted_dir) :
 					       quoted_v6(skb, at, quoted_dir);
 	if (!at || !quoted_upper(skb, at, quoted_dir) ||
-	    !address_equal(&s->packet.key.local, &q->key.local))
+	    !address_equal(&s->packet.key.local, &q->key.local) ||
+	    (WHERE_DIR(where) == DIRECTION_EGRESS &&
+	     !address_equal(&s->packet.key.peer, &q->key.peer)))
 		return 0;
 	q->key.endpoint = gate->endpoint;
 	f = bpf_map_lookup_elem(&flows, &q->key);
