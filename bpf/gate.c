@@ -500,9 +500,9 @@ __noinline int probe(struct __sk_buff *skb, __u32 dir)
 			    HOW(dir, skb->cb[2] & PROBE_LOCAL_ORIGIN, false,
 				icmp_coordinate(&s->packet)) |
 				    HOW_AHEAD);
-	skb->cb[0] = j->action == ACTION_ALLOW  ? VERDICT_ALLOWED :
-		     (gate->flags & GATE_AUDIT) ? VERDICT_AUDITED :
-						  VERDICT_DENIED;
+	skb->cb[0] = j->action == ACTION_ALLOW ? VERDICT_ALLOWED :
+		     audits(gate, j->reason)   ? VERDICT_AUDITED :
+						 VERDICT_DENIED;
 	skb->cb[1] = j->reason;
 	skb->cb[2] = j->rule;
 	skb->cb[3] = j->class;

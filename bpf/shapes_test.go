@@ -503,7 +503,7 @@ func TestGates(t *testing.T) {
 			l.gate(func(r *pinning.AddRequest) { r.Audit = true })
 		}, [][]string{
 			{"audit closed"}, {"pass"}, {"pass node"}, {"audit ethertype"}, {"audit fragment"}, {"audit source-route"}, {"audit closed"},
-			{"pass", "audit spoofed-mac"},
+			{"pass", "drop spoofed-mac"},
 		}},
 		"none": {func(*lab) {}, [][]string{
 			{"drop no-gate"}, {"drop no-gate"}, {"drop no-gate"}, {"drop no-gate"}, {"drop no-gate"}, {"drop no-gate"}, {"drop no-gate"}, {"drop no-gate"},

@@ -28,6 +28,17 @@ static __always_inline __u16 icmp_coordinate(const struct packet *p)
 }
 
 /*
+ * Does audit mode let through what is refused for that? Not who speaks for
+ * others: that is no matter of policy, nor of the audited endpoint alone.
+ */
+static __always_inline bool audits(const struct gate *gate, __u32 reason)
+{
+	return (gate->flags & GATE_AUDIT) && reason != REASON_SPOOFED_MAC &&
+	       reason != REASON_SPOOFED_ADDRESS &&
+	       reason != REASON_SPOOFED_NEIGHBOUR;
+}
+
+/*
  * Drops the packet in scratch for what scratch->judgement says, or lets it
  * pass on an audited endpoint. The result is the action for tc.
  */
@@ -42,7 +53,7 @@ __noinline int refuse(struct __sk_buff *skb, __u32 where)
 	if (!s || !gate)
 		return TC_ACT_SHOT;
 	j = &s->judgement;
-	audit = gate->flags & GATE_AUDIT;
+	audit = audits(gate, j->reason);
 	count(skb->len, WHERE_SLOT(where), dir, audit);
 	/* Frames that a bridge floods are nobody's news. */
 	if (j->reason != REASON_OTHER_HOST)
