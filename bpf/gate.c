@@ -293,9 +293,11 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
  */
 static __always_inline bool is_hairpin(struct __sk_buff *skb, __u32 where)
 {
-	return WHERE_DIR(where) == DIRECTION_INGRESS && skb->ingress_ifindex &&
+	__u32 slot = WHERE_SLOT(where);
+
+	return WHERE_DIR(where) == DIRECTION_INGRESS && TAG(slot) &&
 	       services_mode() != SERVICES_NONE &&
-	       (skb->tc_index & TAG_SLOT) == TAG(WHERE_SLOT(where));
+	       (skb->tc_index & TAG_SLOT) == TAG(slot);
 }
 
 /*
