@@ -466,8 +466,8 @@ __noinline int slow_path(struct __sk_buff *skb, __u32 where)
 	return action;
 }
 
-/* A frame from or to a MAC address that is not the endpoint's. */
-__noinline int wrong_mac(struct __sk_buff *skb, __u32 where, __u32 reason)
+/* A frame that is refused for more than what policy says of its packet. */
+__noinline int refuse_frame(struct __sk_buff *skb, __u32 where, __u32 reason)
 {
 	struct scratch *s = scratch_get();
 	struct gate *gate = gate_at(where);
@@ -521,10 +521,17 @@ __noinline int no_gate(struct __sk_buff *skb, __u32 dir)
 	return TC_ACT_SHOT;
 }
 
-/* Leaves word of who sent a packet that passes, and whether it was judged. */
-static __always_inline int tag(struct __sk_buff *skb, __u32 slot, int action)
+/*
+ * Leaves word of who sent a packet that passes, and whether it was judged.
+ * Bridges do not show netfilter what has a VLAN tag.
+ */
+static __always_inline int tag(struct __sk_buff *skb, __u32 where, int action)
 {
+	__u32 slot = WHERE_SLOT(where);
+
 	if (action == DEFERRED) {
+		if (skb->vlan_present)
+			return refuse_frame(skb, where, REASON_ETHERTYPE);
 		skb->tc_index = TAG(slot);
 		return TC_ACT_UNSPEC;
 	}
@@ -547,12 +554,12 @@ static __always_inline int gate_packet(struct __sk_buff *skb, __u32 dir)
 	where = WHERE(slot, dir);
 	reason = check_mac(skb, gate, dir);
 	if (reason)
-		return wrong_mac(skb, where, reason);
+		return refuse_frame(skb, where, reason);
 	if (!parse_fast(skb, dir, gate->endpoint, &p))
 		action = slow_path(skb, where);
 	else
 		action = track(skb, gate, &p, where, false);
-	return dir == DIRECTION_EGRESS ? tag(skb, slot, action) : action;
+	return dir == DIRECTION_EGRESS ? tag(skb, where, action) : action;
 }
 
 SEC("tc")

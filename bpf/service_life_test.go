@@ -9,6 +9,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -472,6 +473,71 @@ func TestServiceForeignTag(t *testing.T) {
 		}
 		p.must(tagged.Close())
 	}
+}
+
+// TestServiceTagged has a pod send to a Service with a VLAN tag, straight to a
+// neighbour: bridges do not show netfilter such a packet, so that nobody would
+// translate it, or judge it.
+func TestServiceTagged(t *testing.T) {
+	p := newPlaza(t, true, false)
+	denied := service(1, policy.UDP, 8053, foe)
+	p.set(denied)
+	const mark = "past the gate"
+	seen := p.sniff("bad", mark)
+	to := host{mac: foe.mac, v4: denied.Frontends[0].Addr(), v6: denied.Frontends[1].Addr()}
+	way := path{pod, to}
+	for family, frame := range map[string][]byte{
+		"v4": sealed4(way.v4(udp17, way.datagram(false, 40000, 53, []byte(mark)))),
+		"v6": way.v6(udp17, way.datagram(true, 40000, 53, []byte(mark))),
+	} {
+		for name, kinds := range map[string][]uint16{"one tag": {etherVLAN}, "two tags": {etherQinQ, etherVLAN}} {
+			p.must(p.pods["client"].inject(tagged(frame, kinds...), len(frame)))
+			select {
+			case <-seen:
+				t.Errorf("%s with %s gets to the neighbour", family, name)
+			case <-time.After(patience(false)):
+			}
+		}
+	}
+	// The neighbour does see what it may get.
+	way = path{pod, host{mac: foe.mac, v4: foe.v4, v6: foe.v6}}
+	p.must(p.pods["good"].inject(sealed4(path{friend, way.to}.v4(udp17, way.datagram(false, 40000, 53, []byte(mark)))), 42))
+	select {
+	case <-seen:
+	case <-time.After(patience(true)):
+		t.Error("the neighbour sees nothing at all")
+	}
+}
+
+// sniff tells of each frame with a mark that reaches a pod.
+func (p *plaza) sniff(name, mark string) <-chan struct{} {
+	p.t.Helper()
+	seen := make(chan struct{}, 16)
+	var f *os.File
+	p.must(p.pods[name].Do(func() error {
+		all := binary.NativeEndian.Uint16([]byte{0, unix.ETH_P_ALL})
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(all))
+		f = os.NewFile(uintptr(fd), "sniffer")
+		return err
+	}))
+	done := make(chan struct{})
+	p.t.Cleanup(func() {
+		p.must(f.Close())
+		<-done
+	})
+	go func() {
+		defer close(done)
+		for b := make([]byte, 2048); ; {
+			n, err := f.Read(b)
+			if err != nil {
+				return
+			}
+			if bytes.Contains(b[:n], []byte(mark)) {
+				seen <- struct{}{}
+			}
+		}
+	}()
+	return seen
 }
 
 // links are the netfilter links and what they run.

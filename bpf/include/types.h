@@ -51,10 +51,11 @@ enum reason {
 	REASON_MALFORMED = 14, /* truncated, or lengths and versions that lie */
 	REASON_EXTENSIONS = 15,   /* too many IPv6 extension headers */
 	REASON_SOURCE_ROUTE = 16, /* IPv4 source route or IPv6 routing header */
-	REASON_FRAGMENT = 17,  /* tiny first fragment, or first one not seen */
-	REASON_ETHERTYPE = 18, /* neither IP nor ARP on an isolated endpoint */
-	REASON_MARTIAN = 19,   /* v4-mapped address on the wire */
-	REASON_TABLE = 20,     /* a map was full or changed under the reader */
+	REASON_FRAGMENT = 17, /* tiny first fragment, or first one not seen */
+	/* On an isolated endpoint neither IP nor ARP, or tagged to a Service. */
+	REASON_ETHERTYPE = 18,
+	REASON_MARTIAN = 19, /* v4-mapped address on the wire */
+	REASON_TABLE = 20,   /* a map was full or changed under the reader */
 	/* Some backends of the Service are allowed, others not, or unknown. */
 	REASON_SERVICE_MIXED = 21,
 	REASON_SERVICE =
