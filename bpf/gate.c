@@ -318,7 +318,8 @@ static __always_inline bool is_left(struct scratch *s, struct flow *f,
 	if (dir == DIRECTION_EGRESS) {
 		/* What was allowed is not to be trusted until it is again. */
 		if (!f->translated)
-			f->valid = flow_valid(f->identity, rulesets, epoch);
+			f->valid = flow_valid(flow_identity(&s->packet.key),
+					      rulesets, epoch);
 		return true;
 	}
 	s->quoted.key = s->packet.key;
@@ -393,7 +394,9 @@ __noinline int decide(struct __sk_buff *skb, __u32 where, __u32 known)
 			f->reason = j->reason;
 			if (j->owner)
 				f->owner = j->owner;
-			f->valid = flow_valid(f->identity, rulesets, epoch);
+			/* The entry may be another key's by now. */
+			f->valid = flow_valid(flow_identity(&p->key), rulesets,
+					      epoch);
 			return pass(skb, &p->key, p->tcp_flags, f, where, true);
 		}
 		/* The flow was a former owner's of the peer address. */

@@ -227,7 +227,8 @@ static __always_inline void stamp(struct scratch *s, struct flow *f,
 	f->class = j->class;
 	f->owner = j->owner;
 	f->reason = j->reason;
-	f->valid = flow_valid(f->identity, rulesets, epoch);
+	/* The entry may be another key's by now. */
+	f->valid = flow_valid(flow_identity(before), rulesets, epoch);
 }
 
 /*
@@ -369,8 +370,8 @@ static __always_inline bool read_fast(struct bpf_dynptr *data,
 
 /*
  * Is it what was allowed of the flow that from_pod has just deferred? The
- * identity is that of the whole key with the endpoint, so nothing else needs to
- * be looked at.
+ * identity is that of the whole key with the endpoint. The port, which a pod
+ * can choose to make identities meet, is compared.
  */
 static __always_inline bool is_allowed(struct bpf_dynptr *data,
 				       const struct handover *h, __u32 tag,
@@ -381,6 +382,7 @@ static __always_inline bool is_allowed(struct bpf_dynptr *data,
 	if (!h->translated || h->slot != tag - 1 || h->tick != bpf_jiffies64())
 		return false;
 	if (!read_fast(data, &key, h->key.endpoint) ||
+	    key.local_port != h->key.local_port ||
 	    flow_identity(&key) != h->translated)
 		return false;
 	count(length, h->slot, DIRECTION_EGRESS, true);

@@ -131,12 +131,12 @@ static __always_inline __u64 classify(struct scratch *s,
 #define HOW_ICMP(how) ((how) >> 16)
 /* Flags for how. The peer is what a Service was translated to. */
 #define HOW_TRANSLATED 8U
-/* It will be: judge what it may come to, now. */
+/* It will be: judge what it may come to, now. This is a probe. */
 #define HOW_AHEAD 16U
 /* The packet may be the pod's own, with the node's address by masquerading. */
 #define HOW_HAIRPIN 32U
 /* What verdicts are remembered by, beside the direction. */
-#define HOW_KIND (HOW_TRANSLATED | HOW_AHEAD)
+#define HOW_KIND HOW_TRANSLATED
 
 /* Where this CPU remembers a verdict, whatever it remembers there now. */
 static __always_inline struct judged *judged_at(struct scratch *s,
@@ -326,8 +326,9 @@ static __always_inline int judge_peer(struct scratch *s,
 
 /*
  * The verdict of the ruleset on a packet, in scratch->judgement. One to a
- * marked peer is not settled: it has no reason. The epoch is read before the tables, so
- * what is remembered of them is never younger than it says.
+ * marked peer is not settled: it has no reason. The epoch is read before the
+ * tables, so what is remembered of them is never younger than it says. Probes
+ * leave that alone: packets interrupt them.
  */
 __noinline int judge(__u32 ruleset_id, __u32 how)
 {
@@ -354,14 +355,14 @@ __noinline int judge(__u32 ruleset_id, __u32 how)
 	at = coordinate(key, how);
 	kind = (how & HOW_KIND) << 24 | at << 1 | dir;
 	last = judged_at(s, &key->peer, ruleset_id, kind);
-	if (last->answer.ruleset == ruleset_id && ruleset_id &&
-	    last->at == kind && last->epoch == epoch &&
+	if (!(how & HOW_AHEAD) && last->answer.ruleset == ruleset_id &&
+	    ruleset_id && last->at == kind && last->epoch == epoch &&
 	    address_equal(&last->peer, &key->peer)) {
 		*j = last->answer;
 		return j->action & 1;
 	}
 	judge_peer(s, &key->peer, how, at);
-	if (j->reason != REASON_TABLE) {
+	if (!(how & HOW_AHEAD) && j->reason != REASON_TABLE) {
 		address_copy(&last->peer, &key->peer);
 		last->at = kind;
 		last->epoch = epoch;
