@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -69,19 +70,104 @@ func TestPodStart(t *testing.T) {
 					t.Errorf("%s, %v after it was made: %s gets %d answers from %s", name, time.Since(began), pair.from, got, pair.to)
 				}
 			}
-			// The kubelet's probes come from the node.
-			for _, addr := range c.addrs[name] {
-				err := c.node.Do(func() error {
-					conn, err := net.DialTimeout("tcp", net.JoinHostPort(addr, "80"), time.Second)
-					if err != nil {
-						return err
-					}
-					return conn.Close()
-				})
-				if err != nil {
-					t.Errorf("%s: probe: %v", name, err)
+			c.probed(name)
+		}
+	}
+}
+
+// TestPodStartModes attaches pods that the daemon has not heard of, as it is
+// stopped, and asks that the gate is as the plugin's mode says until it has.
+func TestPodStartModes(t *testing.T) {
+	c := newCluster(t)
+	d := c.start("--kubeconfig", c.kubeconfig)
+	c.synced(0)
+	c.createPolicy(strings.ReplaceAll(startPolicy, "NAME", "web"))
+	for _, name := range []string{"client", "other"} {
+		c.attach(c.schedule(name, name))
+		c.listen(name)
+	}
+	c.synced(2)
+	last := len(c.list.Plugins) - 1
+	plugin := c.list.Plugins[last]
+	all := func(to string) int { return len(c.addrs[to]) }
+	for _, mode := range []string{"closed", "open"} {
+		c.list.Plugins[last] = plugin.With(netlab.Plugin{"mode": mode, "waitForPolicy": "0s"})
+		if err := d.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		selected, free := "web-"+mode, "free-"+mode
+		c.createPolicy(strings.ReplaceAll(strings.Replace(startPolicy, "NAME", "new-"+mode, 1), "NAME", selected))
+		for name, app := range map[string]string{selected: selected, free: "free"} {
+			c.attach(c.schedule(name, app))
+			c.listen(name)
+			if s := states(c.status())["shop/"+name]; s != mode {
+				t.Errorf("%s is %s after ADD", name, s)
+			}
+			for _, peer := range []string{"client", "other"} {
+				in, out := 0, 0
+				if mode == "open" {
+					in, out = all(name), all(peer)
+				}
+				if n := c.answers(peer, name); n != in {
+					t.Errorf("%s: %s gets %d answers, not %d", name, peer, n, in)
+				}
+				if n := c.answers(name, peer); n != out {
+					t.Errorf("%s gets %d answers of %s, not %d", name, n, peer, out)
 				}
 			}
+			c.probed(name)
+		}
+		if err := d.cmd.Process.Signal(unix.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		c.until("known", func() bool {
+			s := states(c.status())
+			return s["shop/"+selected] == "enforcing" && s["shop/"+free] == "open"
+		})
+		for _, name := range []string{selected, free} {
+			want := map[string]int{"client": all(name), "other": 0}
+			if name == free {
+				want["other"] = all(name)
+			}
+			for peer, n := range want {
+				if got := c.answers(peer, name); got != n {
+					t.Errorf("%s is known: %s gets %d answers, not %d", name, peer, got, n)
+				}
+			}
+			c.probed(name)
+		}
+	}
+	// A pod that nothing selects and the daemon has heard of is open at once,
+	// whatever the mode, and ADD waits for nothing.
+	c.list.Plugins[last] = plugin.With(netlab.Plugin{"mode": "closed", "waitForPolicy": "0s"})
+	pod := c.schedule("free", "free")
+	c.synced(7)
+	if err := d.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	c.attach(pod)
+	c.listen("free")
+	if c.answers("other", "free") != all("free") || c.answers("free", "other") != all("other") {
+		t.Error("a pod that nothing selects does not talk after ADD")
+	}
+	if err := d.cmd.Process.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// probed connects from the node, as the kubelet does.
+func (c *cluster) probed(name string) {
+	c.t.Helper()
+	for _, addr := range c.addrs[name] {
+		err := c.node.Do(func() error {
+			conn, err := net.DialTimeout("tcp", net.JoinHostPort(addr, "80"), time.Second)
+			if err != nil {
+				return err
+			}
+			return conn.Close()
+		})
+		if err != nil {
+			c.t.Errorf("%s: probe: %v", name, err)
 		}
 	}
 }

@@ -145,18 +145,43 @@ func (c *ControlPlane) Thaw() { c.api.signal(unix.SIGCONT) }
 // "networkpolicies/shop/web".
 func (c *ControlPlane) Store(key string, object []byte) {
 	c.t.Helper()
-	body, err := json.Marshal(map[string][]byte{"key": []byte("/registry/" + key), "value": object})
+	c.ask("kv/put", map[string][]byte{"key": []byte("/registry/" + key), "value": object}, nil)
+}
+
+// Compact makes etcd forget all that was before now, and the API server what it
+// remembers of it: whoever watches from an earlier point has to begin anew.
+func (c *ControlPlane) Compact() {
+	c.t.Helper()
+	var now struct {
+		Header struct{ Revision string }
+	}
+	c.ask("kv/range", map[string][]byte{"key": []byte("/registry/none")}, &now)
+	c.StopAPIServer()
+	c.ask("kv/compaction", map[string]any{"revision": now.Header.Revision, "physical": true}, nil)
+	c.StartAPIServer()
+}
+
+// ask asks etcd's gateway.
+func (c *ControlPlane) ask(what string, request, answer any) {
+	c.t.Helper()
+	body, err := json.Marshal(request)
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	client := http.Client{Transport: &http.Transport{DialContext: c.dial, DisableKeepAlives: true}}
-	r, err := client.Post("http://127.0.0.1:"+strconv.Itoa(c.ports[0])+"/v3/kv/put", "application/json", bytes.NewReader(body))
+	r, err := client.Post("http://127.0.0.1:"+strconv.Itoa(c.ports[0])+"/v3/"+what, "application/json", bytes.NewReader(body))
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	defer r.Body.Close()
 	if r.StatusCode != http.StatusOK {
-		c.t.Fatalf("put %s: %s", key, r.Status)
+		c.t.Fatalf("%s: %s", what, r.Status)
+	}
+	if answer == nil {
+		return
+	}
+	if err := json.NewDecoder(r.Body).Decode(answer); err != nil {
+		c.t.Fatalf("%s: %v", what, err)
 	}
 }
 
@@ -192,10 +217,19 @@ func (c *ControlPlane) Client() kubernetes.Interface {
 // Kubeconfig writes a kubeconfig whose token is what a file has.
 func (c *ControlPlane) Kubeconfig(tokenFile string) string {
 	c.t.Helper()
+	return c.kubeconfig(tokenFile, &api.Cluster{Server: c.Config("").Host, CertificateAuthority: c.path("certs/apiserver.crt")})
+}
+
+// KubeconfigVia is Kubeconfig for a proxy, by its URL.
+func (c *ControlPlane) KubeconfigVia(proxy, tokenFile string) string {
+	c.t.Helper()
+	return c.kubeconfig(tokenFile, &api.Cluster{Server: proxy})
+}
+
+func (c *ControlPlane) kubeconfig(tokenFile string, cluster *api.Cluster) string {
+	c.t.Helper()
 	config := api.NewConfig()
-	config.Clusters["c"] = &api.Cluster{
-		Server: c.Config("").Host, CertificateAuthority: c.path("certs/apiserver.crt"),
-	}
+	config.Clusters["c"] = cluster
 	config.AuthInfos["u"] = &api.AuthInfo{TokenFile: tokenFile}
 	config.Contexts["c"] = &api.Context{Cluster: "c", AuthInfo: "u"}
 	config.CurrentContext = "c"
