@@ -72,6 +72,14 @@ test: root ## all tests (as root)
 test-unit: ## the tests that need no root; the others skip themselves
 	$(GO) test $(TESTFLAGS) ./...
 
+# What needs no kernel of its own, under qemu-user: it knows the system calls of
+# programs, not those of eBPF or mounts. Nobody is root in there.
+.PHONY: test-arm64
+test-arm64: ## tests that need no root, built for arm64, under qemu-user
+	GOARCH=arm64 $(GO) test -trimpath -exec 'unshare --user --map-user=1 --map-group=1 qemu-aarch64-static' $(TESTFLAGS) \
+		./bpf/policy ./bpf/flow ./conf ./install/... ./ipam-hooks ./pinning/... ./plugin \
+		./syncd/inventory ./syncd/manifest ./syncd/source
+
 # What has goroutines of its own. The detector wants a C compiler.
 .PHONY: test-race
 test-race: root ## the daemon's tests under the race detector (as root)
