@@ -293,11 +293,9 @@ __noinline int open_flow(struct __sk_buff *skb, __u32 where, __u64 rulesets,
  */
 static __always_inline bool is_hairpin(struct __sk_buff *skb, __u32 where)
 {
-	__u32 slot = WHERE_SLOT(where);
-
-	return WHERE_DIR(where) == DIRECTION_INGRESS && TAG(slot) &&
+	return WHERE_DIR(where) == DIRECTION_INGRESS &&
 	       services_mode() != SERVICES_NONE &&
-	       (skb->tc_index & TAG_SLOT) == TAG(slot);
+	       (skb->tc_index & TAG_SLOT) == TAG(WHERE_SLOT(where));
 }
 
 /*

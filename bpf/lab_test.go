@@ -60,13 +60,6 @@ const podUID policy.PodKey = "uid-pod"
 
 func newLab(t *testing.T) *lab {
 	t.Helper()
-	return newLabOf(t, pinning.Capacity{
-		Endpoints: 16, Flows: 4096, Peers: 256, Blocks: 64, Cells: 256, Rules: 64, Fragments: 256, EventBytes: 1 << 16,
-	})
-}
-
-func newLabOf(t *testing.T, capacity pinning.Capacity) *lab {
-	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces and eBPF need root")
 	}
@@ -76,7 +69,10 @@ func newLabOf(t *testing.T, capacity pinning.Capacity) *lab {
 		t.Fatal(err)
 	}
 	l := &lab{Node: nodeLab, t: t, opened: map[string]*ebpf.Map{}, options: pinning.Options{
-		Layout: pinning.Layout{BPFFS: nodeLab.BPFFS, Name: "podgate"}, Capacity: capacity,
+		Layout: pinning.Layout{BPFFS: nodeLab.BPFFS, Name: "podgate"},
+		Capacity: pinning.Capacity{
+			Endpoints: 16, Flows: 4096, Peers: 256, Blocks: 64, Cells: 256, Rules: 64, Fragments: 256, EventBytes: 1 << 16,
+		},
 	}}
 	l.cleanup(nodeLab)
 	if l.state, err = pinning.Ensure(t.Context(), l.options); err != nil {

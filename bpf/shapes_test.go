@@ -8,14 +8,11 @@ package bpf_test
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/bpf/policy"
@@ -553,30 +550,6 @@ func TestHairpin(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-// A gate whose slot a tag has no room for knows no hairpins over Services:
-// what has no tag is not its own for that.
-func TestHairpinWithoutTag(t *testing.T) {
-	const untold = 40000 // an ifindex, and a slot over TAG_SLOT
-	l := newLabOf(t, pinning.Capacity{Endpoints: 1 << 14, Flows: 4096, Peers: 256, Blocks: 64, Cells: 256, Rules: 64})
-	l.do(func() error {
-		return errors.Join(
-			netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "far", Index: untold}, PeerName: "farp"}),
-			l.state.SetServices(t.Context(), []pinning.Service{service(1, policy.TCP, 80, friend)}))
-	})
-	l.gated = untold
-	l.isolated()
-	if l.endpoint.Gate != untold {
-		t.Fatalf("the gate's slot is %d", l.endpoint.Gate)
-	}
-	for family, frame := range map[string][]byte{
-		"v4": between(policy.Ingress, node).v4(tcp6, tcp(40000, 81, syn)), "v6": between(policy.Ingress, node).v6(tcp6, tcp(40000, 81, syn)),
-	} {
-		if got, _ := l.runAt(policy.Ingress, frame, arrival{l.gated, l.uplink}); got != "drop default" {
-			t.Errorf("%s from somebody with the node's address: %s", family, got)
-		}
 	}
 }
 
