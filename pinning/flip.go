@@ -17,7 +17,8 @@ import (
 )
 
 // flip publishes subjects and turns the gates that follow them. An endpoint
-// whose subject is unknown, or gone, keeps what it has.
+// whose subject is unknown, or gone, keeps what it has. The epoch comes last:
+// what packets meanwhile were judged by may be of before.
 func (w *writer) flip(u policy.Update) error {
 	pods, err := w.m(bpf.DatapathMapPods)
 	if err != nil {
@@ -39,17 +40,8 @@ func (w *writer) flip(u policy.Update) error {
 	if err := w.unpublish(pods, u); err != nil {
 		return err
 	}
-	if len(flipped) == 0 && !u.Full {
-		return w.removePeers(u.GonePeers)
-	}
-	for e, err := range w.Endpoints() {
-		if err != nil {
-			w.problem(err)
-			continue
-		}
-		if subject, ok := w.a.subjects[e.Pod]; ok {
-			w.problem(w.turn(e, subject))
-		}
+	if len(flipped) > 0 || u.Full {
+		w.turnAll()
 	}
 	if err := w.removePeers(u.GonePeers); err != nil {
 		return err
@@ -138,6 +130,18 @@ func (w *writer) removePeer(p policy.PeerKey) error {
 		return remove(blocks, &key)
 	}
 	return w.declassify(p.Prefix.Addr())
+}
+
+func (w *writer) turnAll() {
+	for e, err := range w.Endpoints() {
+		if err != nil {
+			w.problem(err)
+			continue
+		}
+		if subject, ok := w.a.subjects[e.Pod]; ok {
+			w.problem(w.turn(e, subject))
+		}
+	}
 }
 
 // turn makes an endpoint's gate enforce what its subject says.

@@ -272,14 +272,14 @@ func (w *writer) reclassifyEndpoint(e Endpoint, d policy.Digest) error {
 }
 
 // restorePeers puts back the entries of an endpoint's addresses that an update
-// named and ADD could only guess.
-func (s *State) restorePeers(e Endpoint) error {
+// named and ADD could only guess, and tells whether there was one.
+func (s *State) restorePeers(e Endpoint) (restored bool, err error) {
 	if s.applied == nil {
-		return nil
+		return false, nil
 	}
 	peers, err := s.m(bpf.DatapathMapPeers)
 	if err != nil {
-		return err
+		return false, err
 	}
 	for _, a := range e.Addresses {
 		want, named := s.applied.peers[exactKey(a)]
@@ -293,8 +293,9 @@ func (s *State) restorePeers(e Endpoint) error {
 			continue
 		}
 		if err := put(peers, &w, &v); err != nil {
-			return err
+			return restored, err
 		}
+		restored = true
 	}
-	return nil
+	return restored, nil
 }

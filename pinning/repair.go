@@ -81,8 +81,12 @@ func (s *State) repair(e Endpoint) (what string, gone bool, err error) {
 	if e.Attach == AttachAuto && time.Since(e.Created) < attachTime {
 		return "", false, nil
 	}
-	if err := s.restorePeers(e); err != nil {
+	if restored, err := s.restorePeers(e); err != nil {
 		return "", false, err
+	} else if restored {
+		if err := s.addressesMoved(); err != nil {
+			return "", false, err
+		}
 	}
 	lost := s.attached(e)
 	if lost == nil {
@@ -218,7 +222,7 @@ func (s *State) sweepClaims() error {
 		if c.Endpoint != 0 || time.Since(time.Unix(0, int64(c.CreatedNs))) < claimTime {
 			continue
 		}
-		errs = append(errs, s.release(attachmentKey(&c.Attachment), []netip.Addr{unwire(a)}))
+		errs = append(errs, s.release(attachmentKey(&c.Attachment), []netip.Addr{unwire(a)}), s.addressesMoved())
 	}
 	return errors.Join(errs...)
 }
