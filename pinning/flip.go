@@ -71,7 +71,11 @@ func (w *writer) publish(pods *ebpf.Map, subject policy.Subject) error {
 	}
 	// Gates follow even what could not be published for ADD to find.
 	w.a.subjects[subject.Pod] = v
-	return put(pods, &key, &v)
+	if err := put(pods, &key, &v); err != nil {
+		// The rulesets of the entry of before may soon be another's.
+		return errors.Join(err, remove(pods, &key))
+	}
+	return nil
 }
 
 // rulesetID is closed for a ruleset that is not whole.
@@ -166,8 +170,10 @@ func (s *State) enforceOn(e Endpoint, subject bpf.DatapathPod) (bool, error) {
 	if sh.enforcement(e.Gate) == want && sh.gates[e.Gate].Flags == flags {
 		return false, nil
 	}
-	sh.setFlags(e.Gate, flags)
+	// Where either the old or the new state is audited, so is what is between.
+	sh.setFlags(e.Gate, flags|sh.gates[e.Gate].Flags)
 	sh.enforce(e.Gate, want)
+	sh.setFlags(e.Gate, flags)
 	return true, nil
 }
 
