@@ -122,14 +122,15 @@ func (s *State) claimed(claims *ebpf.Map, key bpf.DatapathAttachment) ([]netip.A
 // classify gives a new endpoint's addresses their class, less those that the
 // daemon knew to be the pod's before ADD did.
 func (s *State) classify(pod policy.PodKey, class uint32, addrs []netip.Addr) error {
-	peers, err := s.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return err
-	}
 	for _, a := range addrs {
-		w := wire(a)
-		var known bpf.DatapathPeer
-		if err := peers.Lookup(&w, &known); a.IsLinkLocalUnicast() || err == nil && known.Owner == pod.Owner() {
+		if a.IsLinkLocalUnicast() {
+			continue
+		}
+		known, found, err := s.peerEntry(a)
+		if err != nil {
+			return fmt.Errorf("classify %s: %w", a, err)
+		}
+		if found && known.Owner == pod.Owner() {
 			continue
 		}
 		if err := s.setClass(pod, class, a); err != nil {
@@ -150,11 +151,11 @@ func (s *State) setClass(pod policy.PodKey, class uint32, a netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	w := wire(a)
-	var known bpf.DatapathPeer
-	if err := peers.Lookup(&w, &known); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	known, _, err := s.peerEntry(a)
+	if err != nil {
 		return fmt.Errorf("classify %s: %w", a, err)
 	}
+	w := wire(a)
 	joined |= known.Class & peerBits
 	if err := put(peers, &w, &bpf.DatapathPeer{Class: joined, Owner: pod.Owner(), Tag: tag(w)}); err != nil {
 		return fmt.Errorf("classify %s: %w", a, err)
@@ -220,8 +221,8 @@ func ownAddresses(addrs []netip.Addr) [2]bpf.DatapathAddress {
 // put writes an entry and says so when the map has no room.
 func put[K, V any](m *ebpf.Map, k *K, v *V) error {
 	err := m.Put(k, v)
-	if errors.Is(err, ebpf.ErrKeyNotExist) || err == nil {
-		return err
+	if err == nil {
+		return nil
 	}
 	if isFull(err) {
 		return fmt.Errorf("%s: %w: it has %d entries", m, ErrFull, m.MaxEntries())

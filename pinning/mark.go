@@ -90,18 +90,25 @@ func (s *State) peerClass(a netip.Addr) (uint32, error) {
 	return s.blockClass(netip.PrefixFrom(a, a.BitLen()))
 }
 
+// peerEntry reads an entry. The value may be another's while its map element is
+// being recycled; the tag tells.
 func (s *State) peerEntry(a netip.Addr) (p bpf.DatapathPeer, found bool, err error) {
 	peers, err := s.m(bpf.DatapathMapPeers)
 	if err != nil {
 		return p, false, err
 	}
 	w := wire(a)
-	if err := peers.Lookup(&w, &p); errors.Is(err, ebpf.ErrKeyNotExist) {
-		return bpf.DatapathPeer{}, false, nil
-	} else if err != nil {
-		return p, false, fmt.Errorf("%s: %w", peers, err)
+	for range 100 {
+		if err := peers.Lookup(&w, &p); errors.Is(err, ebpf.ErrKeyNotExist) {
+			return bpf.DatapathPeer{}, false, nil
+		} else if err != nil {
+			return p, false, fmt.Errorf("%s: %w", peers, err)
+		}
+		if p.Tag == tag(w) {
+			return p, true, nil
+		}
 	}
-	return p, true, nil
+	return bpf.DatapathPeer{}, false, nil
 }
 
 // putPeer writes an entry with other bits. One without owner has the class of

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"net/netip"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/podgate/podgate/bpf"
@@ -85,18 +84,8 @@ func (s *State) Adopt(k AttachmentKey, open []OpenFlow) error {
 
 // isNode tells whether an address is known as this node's.
 func (s *State) isNode(a netip.Addr) (bool, error) {
-	peers, err := s.m(bpf.DatapathMapPeers)
-	if err != nil {
-		return false, err
-	}
-	key := wire(a)
-	var p bpf.DatapathPeer
-	if err := peers.Lookup(&key, &p); errors.Is(err, ebpf.ErrKeyNotExist) {
-		return false, nil
-	} else if err != nil {
-		return false, fmt.Errorf("%s: %w", peers, err)
-	}
-	return p.Class&peerNode != 0, nil
+	p, _, err := s.peerEntry(a)
+	return p.Class&peerNode != 0, err
 }
 
 // flowIdentity is flow_identity of bpf/include/conntrack.h.
