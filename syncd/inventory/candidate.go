@@ -180,8 +180,12 @@ func (i *Inventory) candidate(key policy.PodKey) *candidate {
 }
 
 // expected says that a pod without an endpoint may get one here, so that its
-// rulesets must be there before.
+// rulesets must be there before. One that has ended gets none any more: a node
+// may be left with thousands of those.
 func (i *Inventory) expected(o manifest.Object) bool {
+	if o.Ended {
+		return false
+	}
 	if o.Node != "" || !i.opts.Unlisted {
 		return o.Node == i.opts.Node
 	}

@@ -183,6 +183,13 @@ func TestUpdate(t *testing.T) {
 			want:    []string{"u1 a/x []"},
 		},
 		{
+			name: "pods that have ended are not waited for, but while they are attached", opts: api,
+			objects:   pods("a/done uid=u1 node=n1 ip=10.0.0.1 phase=Succeeded", "a/failed uid=u2 node=n1 phase=Failed"),
+			endpoints: []pinning.Endpoint{endpoint(1, "c1", "u2", "a/failed", nil, "10.0.0.2")},
+			want:      []string{"u1 a/done []", "u2 a/failed [10.0.0.2] local"},
+			bindings:  []string{"c1=u2"},
+		},
+		{
 			name: "of pods elsewhere the youngest has an address, unless it is going", opts: api,
 			objects: pods("a/old uid=u1 node=n2 ip=10.0.0.1 created=2020", "a/new uid=u2 node=n3 ip=10.0.0.1 created=2021",
 				"b/old uid=u3 node=n2 ip=10.0.0.2 created=2020", "b/new uid=u4 node=n3 ip=10.0.0.2 created=2021 deleted=true"),
