@@ -533,6 +533,20 @@ func TestManyProblems(t *testing.T) {
 	}
 }
 
+// TestSameProblemTwice asks that a problem that two things have alike is told
+// once, and not again while it stands.
+func TestSameProblemTwice(t *testing.T) {
+	told := 0
+	p := newProblems(slog.New(slog.DiscardHandler), func(source.Problem) { told++ })
+	same := source.Problem{Subject: "endpoints", Reason: "unreadable"}
+	for range 3 {
+		p.replace("endpoints", []source.Problem{same, same})
+	}
+	if got := p.list(); len(got) != 1 || told != 1 {
+		t.Errorf("%d problems, told %d times: %v", len(got), told, got)
+	}
+}
+
 // TestMetrics asks that what the status says can be alerted on.
 func TestMetrics(t *testing.T) {
 	state := newRecorder()

@@ -45,8 +45,7 @@ const most = 20
 // replace replaces the problems of a step. Those without a date get that of
 // the same problem before, or the present.
 func (p problems) replace(step string, next []source.Problem) {
-	next = few(next)
-	type fault struct{ subject, reason string }
+	next = few(distinct(next))
 	before := make(map[fault]source.Problem, len(p.standing[step]))
 	for _, o := range p.standing[step] {
 		before[fault{o.Subject, o.Reason}] = o
@@ -74,17 +73,30 @@ func (p problems) replace(step string, next []source.Problem) {
 	p.standing[step] = next
 }
 
-// few is a copy that has one problem for all that are too many.
+// fault is what makes two problems of a step one.
+type fault struct{ subject, reason string }
+
+// distinct is a copy without what two things have alike.
+func distinct(all []source.Problem) []source.Problem {
+	seen := make(map[fault]struct{}, len(all))
+	return slices.DeleteFunc(slices.Clone(all), func(p source.Problem) bool {
+		key := fault{p.Subject, p.Reason}
+		_, twice := seen[key]
+		seen[key] = struct{}{}
+		return twice
+	})
+}
+
+// few changes a list so that it has one problem for all that are too many.
 func few(all []source.Problem) []source.Problem {
-	out := slices.Clone(all)
-	if len(out) <= most {
-		return out
+	if len(all) <= most {
+		return all
 	}
-	slices.SortFunc(out, func(a, b source.Problem) int {
+	slices.SortFunc(all, func(a, b source.Problem) int {
 		return cmp.Or(cmp.Compare(a.Subject, b.Subject), cmp.Compare(a.Reason, b.Reason))
 	})
-	rest := source.Problem{Subject: out[most].Subject, Reason: fmt.Sprintf("and %d more problems like these", len(out)-most)}
-	return append(out[:most:most], rest)
+	rest := source.Problem{Subject: all[most].Subject, Reason: fmt.Sprintf("and %d more problems like these", len(all)-most)}
+	return append(all[:most:most], rest)
 }
 
 // list answers all problems in a stable order; never nil.
