@@ -215,7 +215,8 @@ func (d *describer) entry(f *pinning.FlowEntry) flowReport {
 	return r
 }
 
-// quiet is how long the ring may say nothing before all there was is read.
+// quiet is how long the ring may say nothing before all there was is read. A
+// ring that never rests is read up to what came after the command.
 const quiet = 150 * time.Millisecond
 
 func (a *app) flows(ctx context.Context, f flowFilter, follow bool) (err error) {
@@ -237,6 +238,7 @@ func (a *app) flows(ctx context.Context, f flowFilter, follow bool) (err error) 
 		return err
 	}
 	d := a.describe(ctx, state)
+	began := time.Now()
 	for {
 		reading, cancel := ctx, context.CancelFunc(func() {})
 		if !follow {
@@ -257,6 +259,9 @@ func (a *app) flows(ctx context.Context, f flowFilter, follow bool) (err error) 
 			if err := a.writeFlow(&r); err != nil {
 				return err
 			}
+		}
+		if !follow && event.Time.After(began) {
+			return a.reportLost(events, before)
 		}
 	}
 }

@@ -9,12 +9,14 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -223,6 +225,7 @@ func testFlows(t *testing.T, l *lab) {
 	if out := l.ok(0, "flows"); out != "" {
 		t.Errorf("flows were not taken: %s", out)
 	}
+	testFlowsEnd(t, l)
 	out := l.ok(0, "flows", "list", "--pod", "shop/web", "--peer", "shop/client")
 	if !strings.Contains(out, "NetworkPolicy shop/web") {
 		t.Errorf("list:\n%s", out)
@@ -268,6 +271,34 @@ func testFlows(t *testing.T, l *lab) {
 	}
 	if err := follow.Wait(); err != nil {
 		t.Errorf("flows --follow: %v", err)
+	}
+}
+
+// testFlowsEnd asks that what there was is shown although more comes all the
+// time.
+func testFlowsEnd(t *testing.T, l *lab) {
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() {
+		ended <- l.pods["other"].Do(func() error {
+			for port := 1024; ctx.Err() == nil; port = 1024 + port%60000 {
+				conn, err := net.Dial("udp", net.JoinHostPort(l.addrs["web"][0], strconv.Itoa(port)))
+				if err != nil {
+					return err
+				}
+				_, err = conn.Write([]byte("x"))
+				if err = errors.Join(err, conn.Close()); err != nil {
+					return err
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			return nil
+		})
+	}()
+	l.ok(0, "flows")
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 
