@@ -108,11 +108,11 @@ func (t *Table) Ports(node []netip.Addr) []pinning.Service {
 			for _, a := range s.Addresses {
 				claim(a, p.Port)
 			}
-			if len(s.Addresses) == 0 {
-				continue
-			}
 			for _, a := range node {
-				claim(a, p.NodePort)
+				// Nobody translates a family that the Service has no address of.
+				if slices.ContainsFunc(s.Addresses, func(of netip.Addr) bool { return of.Is4() == a.Is4() }) {
+					claim(a, p.NodePort)
+				}
 			}
 		}
 	}

@@ -89,9 +89,17 @@ func TestPorts(t *testing.T) {
 				service("web", addrs("10.96.0.1"), manifest.ServicePort{Protocol: policy.TCP, Port: 80, NodePort: 30080}),
 				slice("web-1", "web", addrs("10.0.0.1"), manifest.EndpointPort{Protocol: policy.TCP, Port: 8080}),
 			},
+			want: []string{"a/web  6 [10.96.0.1:80 192.0.2.1:30080] -> [10.0.0.1:8080]"},
+		},
+		{
+			name: "node ports in both families",
+			objects: []manifest.Object{
+				service("web", addrs("10.96.0.1", "fd00:96::1"), manifest.ServicePort{Protocol: policy.TCP, Port: 80, NodePort: 30080}),
+				slice("web-6", "web", addrs("fd00::1"), manifest.EndpointPort{Protocol: policy.TCP, Port: 8080}),
+			},
 			want: []string{
-				"a/web  6 [10.96.0.1:80 192.0.2.1:30080] -> [10.0.0.1:8080]",
-				"a/web  6 [[fe80::1]:30080] -> []",
+				"a/web  6 [10.96.0.1:80 192.0.2.1:30080] -> []",
+				"a/web  6 [[fd00:96::1]:80 [fe80::1]:30080] -> [[fd00::1]:8080]",
 			},
 		},
 		{
