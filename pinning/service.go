@@ -166,7 +166,7 @@ func (s *State) SetServices(ctx context.Context, all []Service) error {
 		if err != nil {
 			return err
 		}
-		w := &serviceWriter{State: s, t: t, frontends: map[bpf.DatapathFrontendKey]uint32{}}
+		w := &serviceWriter{State: s, t: t, frontends: map[bpf.DatapathFrontendKey]uint32{}, names: map[uint32]Service{}}
 		return w.set(all)
 	})
 }
@@ -177,7 +177,9 @@ type serviceWriter struct {
 	t *services
 	// frontends as they are to be.
 	frontends map[bpf.DatapathFrontendKey]uint32
-	problems  []error
+	// names are the Services by number.
+	names    map[uint32]Service
+	problems []error
 }
 
 func (w *serviceWriter) problem(v *Service, err error) {
@@ -210,6 +212,7 @@ func (w *serviceWriter) set(all []Service) error {
 			w.t.backends[a] = append(w.t.backends[a], len(w.t.wanted))
 		}
 		w.t.wanted = append(w.t.wanted, wanted)
+		w.names[wanted.id] = v
 		for _, f := range v.Frontends {
 			key := frontendKey(f, v.Protocol)
 			if _, dup := w.frontends[key]; dup {
@@ -250,7 +253,7 @@ func (w *serviceWriter) publish() (changed bool, err error) {
 	for key, id := range w.frontends {
 		if now, has := w.t.frontends[key]; !has || now != id {
 			if err := put(m, &key, &bpf.DatapathFrontend{Service: id, Tag: frontendTag(key)}); err != nil {
-				v := w.t.byID(id)
+				v := w.names[id]
 				w.problem(&v, fmt.Errorf("frontend %s: %w", frontendOf(key), err))
 				continue
 			}
@@ -300,16 +303,6 @@ func (w *serviceWriter) markFrontends(want map[netip.Addr]struct{}) (changed boo
 		changed = true
 	}
 	return changed, nil
-}
-
-// byID names the Service of a number.
-func (t *services) byID(id uint32) Service {
-	for i := range t.wanted {
-		if t.wanted[i].id == id {
-			return t.wanted[i].Service
-		}
-	}
-	return Service{}
 }
 
 // writeService pins a Service with what policy can tell of its backends, under
