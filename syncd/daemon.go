@@ -242,7 +242,9 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			mend = nil
 			d.repair(ctx)
 		case d.nodeAddrs = <-addrs:
-			d.log.Info("addresses of the node", "addresses", d.nodeAddrs)
+			// Each pod's veth has one: all of them would fill the log.
+			d.log.Info("addresses of the node", "count", len(d.nodeAddrs),
+				"new", without(d.nodeAddrs, d.services.node), "gone", without(d.services.node, d.nodeAddrs))
 			d.services.locate(d.nodeAddrs)
 			d.setNodeAddresses(ctx)
 		case err := <-failures:
@@ -274,6 +276,11 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 		d.setServices(ctx)
 		d.report()
 	}
+}
+
+// without are the addresses that others do not have.
+func without(addrs, others []netip.Addr) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return slices.Contains(others, a) })
 }
 
 // watch follows the endpoints; without it changes show at the next repair.
