@@ -55,6 +55,8 @@ func (n *node) text() string {
 [Unit]
 Description=podgate, network policy for the pods of this node
 Before=containerd.service crio.service kubelet.service
+# It is tried for as long as it takes.
+StartLimitIntervalSec=0
 
 [Service]
 ExecStart=` + strings.Join(command, " ") + `

@@ -38,6 +38,10 @@ func TestUnit(t *testing.T) {
 	if want := `ExecStart="` + h.root + `/local bin/podgate" sync `; !strings.Contains(text, want) {
 		t.Errorf("%q is not in\n%s", want, text)
 	}
+	// By default systemd gives up after five starts within ten seconds.
+	if !strings.Contains(text, "\nStartLimitIntervalSec=0\n\n[Service]\n") {
+		t.Errorf("systemd would give up on\n%s", text)
+	}
 	link := filepath.Join(h.Unit.Dir, "multi-user.target.wants", "podgate.service")
 	if unit, err := os.Stat(link); err != nil || !unit.Mode().IsRegular() {
 		t.Errorf("%s does not lead to the unit: %v", link, err)
