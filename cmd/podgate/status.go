@@ -302,8 +302,17 @@ func (a *app) writeProblems(w *bytes.Buffer, problems []source.Problem) {
 		if !p.Since.IsZero() {
 			since = a.paint(faint, " ("+a.ago(p.Since)+")")
 		}
-		fmt.Fprintf(w, "  %s: %s%s\n", a.paint(bold, p.Subject), p.Reason, since)
+		fmt.Fprintf(w, "  %s%s%s\n", a.paint(bold, p.Subject), complaint(p), since)
 	}
+}
+
+// complaint is what follows the subject of a problem. That of a file goes on
+// with the line.
+func complaint(p source.Problem) string {
+	if line, ok := strings.CutPrefix(p.Reason, p.Subject+":"); ok {
+		return ":" + line
+	}
+	return ": " + p.Reason
 }
 
 func (a *app) endpointRow(e *endpointReport) []cell {

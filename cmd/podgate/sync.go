@@ -156,7 +156,7 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 			return err
 		}
 		for _, p := range problems {
-			a.complain("podgate: %s: %s\n", p.Subject, p.Reason)
+			a.complain("podgate: %s%s\n", p.Subject, complaint(p))
 		}
 		if len(problems) > 0 {
 			return errProblem
