@@ -39,8 +39,10 @@ func newRoot(e env) *cobra.Command {
 		Short: "Network policy for every pod of this node, from its first packet",
 		Long: `podgate enforces network policy on the pods of this node, in the kernel.
 
-"podgate sync" keeps what is enforced equal to a directory of manifests. The
-other commands look at what is enforced, and answer who can reach whom.
+"podgate sync" keeps what is enforced equal to the policy of a cluster, or of a
+directory of manifests. "podgate install" and its like put podgate on a node and
+take it off. The other commands look at what is enforced, and answer who can
+reach whom.
 
 Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 		SilenceErrors: true,

@@ -63,8 +63,7 @@ type file struct {
 	faults  []string
 }
 
-// NewDirectory is a source of the manifests in a directory, which need not
-// exist yet.
+// NewDirectory is a source of the manifests in a directory, which is read later.
 func NewDirectory(opts DirectoryOptions) *Directory {
 	opts.Settle = cmp.Or(opts.Settle, 100*time.Millisecond)
 	opts.Rescan = cmp.Or(opts.Rescan, 30*time.Second)
