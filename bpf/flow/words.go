@@ -38,6 +38,10 @@ func (v Verdict) MarshalText() ([]byte, error) { return []byte(v.String()), nil 
 // Reason for a verdict, enum reason of bpf/include/types.h.
 type Reason uint8
 
+// ServiceMixed denies a Service of which policy allows some backends only, where
+// it has to be judged before one is chosen.
+const ServiceMixed = Reason(bpf.DatapathReasonREASON_SERVICE_MIXED)
+
 // String is the reason in a word, as in metrics and flow output.
 func (r Reason) String() string {
 	if w := r.words(); w[0] != "" {

@@ -204,7 +204,8 @@ func testService(t *testing.T, c *cluster) {
 		Endpoints:   []discoveryv1.Endpoint{{Addresses: []string{backend}}},
 		Ports:       []discoveryv1.EndpointPort{{Name: ptr.To(""), Port: ptr.To[int32](80)}},
 	}
-	if _, err := c.client.DiscoveryV1().EndpointSlices("shop").Create(t.Context(), slice, metav1.CreateOptions{}); err != nil {
+	slice, err = c.client.DiscoveryV1().EndpointSlices("shop").Create(t.Context(), slice, metav1.CreateOptions{})
+	if err != nil {
 		t.Fatal(err)
 	}
 	c.createPolicy(`
@@ -234,11 +235,56 @@ spec:
 		}) == nil
 	}
 	c.until("reached through the Service", func() bool { return dial("8080") })
+	testExplainService(t, c, service.Spec.ClusterIP, slice)
 	if _, err := c.node.Exec(t.Context(), "nft", "delete table ip kube"); err != nil {
 		t.Fatal(err)
 	}
 	c.deletePolicy("egress")
 	c.until("open", func() bool { return states(c.status())["shop/client"] == "open" })
+}
+
+// testExplainService asks that questions about a Service are answered for each
+// backend, by compiler and kernel alike, also where the kernel judges before one
+// is chosen.
+func testExplainService(t *testing.T, c *cluster, vip string, slice *discoveryv1.EndpointSlice) {
+	need.Tools(t, "ip")
+	explain := func() (x explanation) {
+		t.Helper()
+		c.json(0, &x, "explain", "--from", "shop/client", "--to", vip, "--port", "8080/TCP")
+		for _, p := range x.Paths {
+			if p.To.String() != vip || p.Service != "shop/web" || len(p.Sides) != 2 || p.Sides[0].Compiler == nil || p.Sides[0].Kernel == nil {
+				t.Errorf("path %+v", p)
+			}
+		}
+		return x
+	}
+	if x := explain(); x.Verdict != "allow" || len(x.Paths) != 1 || x.Paths[0].Backend.String() != c.addrs["web"][0]+":80" {
+		t.Errorf("explanation %+v", x)
+	}
+	slice.Endpoints = append(slice.Endpoints, discoveryv1.Endpoint{Addresses: []string{c.addrs["other"][0]}})
+	if _, err := c.client.DiscoveryV1().EndpointSlices("shop").Update(t.Context(), slice, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.until("mixed", func() bool { return explain().Verdict == mixed })
+	var m matrixReport
+	c.json(0, &m, "matrix", "--ports", "8080", "--pods", "shop/client", "--address", vip)
+	if m.Cells[1].To != vip || m.Cells[1].Verdict != mixed {
+		t.Errorf("matrix %+v", m)
+	}
+
+	if _, err := c.node.Exec(t.Context(), "ip", "link", "add", "kube-ipvs0", "type", "veth", "peer", "name", "ipvs1"); err != nil {
+		t.Fatal(err)
+	}
+	c.ok(0, "repair")
+	c.until("denied as a whole", func() bool { return explain().Verdict == "deny" })
+	out := c.ok(0, "explain", "--from", "shop/client", "--to", vip, "--port", "8080/TCP")
+	if !strings.Contains(out, "some backends of the Service are allowed and others not") || strings.Contains(out, "DISAGREE") {
+		t.Errorf("explanation:\n%s", out)
+	}
+	if _, err := c.node.Exec(t.Context(), "ip", "link", "del", "kube-ipvs0"); err != nil {
+		t.Fatal(err)
+	}
+	c.ok(0, "repair")
 }
 
 // TestPolicyTooLarge has a policy find no room: it is closed and said, once and

@@ -112,7 +112,8 @@ func (a *app) explainCommand() *cobra.Command {
 		Short: "Say whether A may connect to B, and why",
 		Long: `Says whether A may open a connection to B, which direction of which pod decides,
 and by which rule. A and B are pods (namespace/name) or any addresses, in the
-cluster or out of it; the port is like 80/TCP, 53/UDP, 5060/SCTP, or ICMP.
+cluster or out of it; the port is like 80/TCP, 53/UDP, 5060/SCTP, or ICMP. At
+an address and port of a Service each of its backends is asked about.
 
 The question is answered twice: by the compiler from the manifests, and by the
 kernel, which runs a made-up packet through the program and the tables that
@@ -195,12 +196,15 @@ func (a *app) explain(ctx context.Context, from, to, portText string, manifests 
 	return q.outcome(x.Disagree)
 }
 
-// verdictWord is "mixed" when the families differ.
+// mixed is the word for paths that differ.
+const mixed = "mixed"
+
+// verdictWord is [mixed] when families or backends differ.
 func verdictWord(a *reach.Answer) string {
 	if v := a.Verdict(); v != "" {
 		return string(v)
 	}
-	return "mixed"
+	return mixed
 }
 
 func verdictStyle(word string) style {
@@ -217,7 +221,11 @@ func verdictStyle(word string) style {
 func (a *app) writeExplanation(w *bytes.Buffer, x *explanation, port reach.Port) {
 	fmt.Fprintf(w, "%s  %s -> %s on %s\n", a.paint(verdictStyle(x.Verdict), strings.ToUpper(x.Verdict)), x.From, x.To, port)
 	for _, p := range x.Paths {
-		fmt.Fprintf(w, "\n%s -> %s  %s\n", p.From, p.To, a.paint(verdictStyle(string(p.Verdict)), string(p.Verdict)))
+		to := p.To.String()
+		if p.Service != "" {
+			to = fmt.Sprintf("%s of service %s, backend %s", p.To, p.Service, p.Backend)
+		}
+		fmt.Fprintf(w, "\n%s -> %s  %s\n", p.From, to, a.paint(verdictStyle(string(p.Verdict)), string(p.Verdict)))
 		for _, s := range p.Sides {
 			a.writeSide(w, s)
 		}
@@ -238,7 +246,7 @@ func (a *app) writeSide(w *bytes.Buffer, s reach.Side) {
 		fmt.Fprintf(w, "    %s\n", a.paint(red, "COMPILER AND KERNEL DISAGREE"))
 		fmt.Fprintf(w, "    compiler: %s, %s\n", s.Compiler.Verdict, s.Compiler.Reason)
 		fmt.Fprintf(w, "    kernel:   %s, %s\n", s.Kernel.Verdict, kernelReason(s.Kernel))
-	case s.Compiler != nil:
+	case s.Compiler != nil && s.Compiler.Verdict == s.Verdict:
 		fmt.Fprintf(w, "    %s\n", s.Compiler.Reason)
 	case s.Kernel != nil:
 		fmt.Fprintf(w, "    %s\n", kernelReason(s.Kernel))
@@ -246,7 +254,7 @@ func (a *app) writeSide(w *bytes.Buffer, s reach.Side) {
 	switch {
 	case s.Unasked != "":
 		fmt.Fprintf(w, "    %s\n", a.paint(faint, s.Unasked))
-	case !s.Disagree:
+	case !s.Disagree && s.Compiler != nil && s.Compiler.Verdict == s.Verdict:
 		fmt.Fprintf(w, "    %s\n", a.paint(faint, "compiler and kernel agree"))
 	}
 }

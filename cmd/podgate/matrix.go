@@ -55,7 +55,8 @@ podgate explain does for one pair: by the compiler and by the kernel. Addresses
 stand for whoever else there is.
 
 A cell is allow, deny, audit (passes, would be denied), v4 or v6 (that family
-alone passes), or "-" where the two share no family.
+alone passes), mixed (some backends of a Service), or "-" where the two share no
+family.
 
 Exit code 2 if compiler and kernel differ, or if manifests have problems.`,
 		Example: `  podgate matrix --ports TCP/80,UDP/53
@@ -159,16 +160,28 @@ func (q *questions) cell(ctx context.Context, from, to reach.Party, port reach.P
 		c.Verdict = string(v)
 		return c, nil
 	}
-	for _, p := range answer.Paths {
-		if p.Verdict == reach.Deny {
-			continue
-		}
-		c.Verdict = "v6"
-		if p.From.Is4() {
-			c.Verdict = "v4"
-		}
-	}
+	c.Verdict = familyWord(answer.Paths)
 	return c, nil
+}
+
+// familyWord is the family that alone passes, of paths that differ.
+func familyWord(paths []reach.Path) string {
+	verdicts := make(map[bool]reach.Word)
+	for _, p := range paths {
+		v4 := p.From.Is4()
+		if before, ok := verdicts[v4]; ok && before != p.Verdict {
+			return mixed
+		}
+		verdicts[v4] = p.Verdict
+	}
+	switch {
+	case verdicts[false] == reach.Deny:
+		return "v4"
+	case verdicts[true] == reach.Deny:
+		return "v6"
+	default:
+		return mixed
+	}
 }
 
 func (a *app) writeMatrix(w *bytes.Buffer, r *matrixReport, ports []reach.Port) {

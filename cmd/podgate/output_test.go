@@ -105,7 +105,7 @@ func TestWriteStatus(t *testing.T) {
 		},
 		Problems: []source.Problem{
 			{Subject: "endpoint c0ffee", Reason: "closed: its policy is not known"},
-			{Subject: "/etc/podgate/policies/a.yaml", Reason: "broken", Since: noon.Add(-5 * time.Minute)},
+			{Subject: "/etc/podgate/policies/a.yaml", Reason: "/etc/podgate/policies/a.yaml:7: broken", Since: noon.Add(-5 * time.Minute)},
 		},
 	}
 	both(t, "status", r, func(a *app, w *bytes.Buffer) { a.writeStatus(w, r) })
@@ -139,6 +139,20 @@ func TestWritePolicy(t *testing.T) {
 		},
 	}
 	both(t, "policy", reports, func(a *app, w *bytes.Buffer) { a.writePolicy(w, reports) })
+}
+
+func TestFamilyWord(t *testing.T) {
+	v4, v6 := netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("fd00::1")
+	path := func(from netip.Addr, v reach.Word) reach.Path { return reach.Path{From: from, Verdict: v} }
+	for want, paths := range map[string][]reach.Path{
+		"v4":  {path(v4, reach.Allow), path(v4, reach.Allow), path(v6, reach.Deny)},
+		"v6":  {path(v4, reach.Deny), path(v6, reach.Audit)},
+		mixed: {path(v4, reach.Allow), path(v4, reach.Deny), path(v6, reach.Deny)},
+	} {
+		if got := familyWord(paths); got != want {
+			t.Errorf("%v: %s, want %s", paths, got, want)
+		}
+	}
 }
 
 func TestWriteExplanation(t *testing.T) {

@@ -33,7 +33,7 @@ func FromDirectory(ctx context.Context, dir string, auditPods bool, logger *slog
 	e := newEvaluator()
 	e.assumeAddresses(batch.Set)
 	e.take(batch, inventory.Options{AllLocal: true, AuditPods: auditPods}, nil)
-	update := e.compiler.Compile()
+	update := e.compile()
 	if e.state, e.KernelErr = e.private(ctx, update, logger); e.KernelErr == nil {
 		e.owned = true
 	}
@@ -79,7 +79,7 @@ func FromNode(ctx context.Context, state *pinning.State, n Node) (*Evaluator, er
 	e.take(batch, inventory.Options{
 		Node: n.Name, Unlisted: n.Unlisted || n.Source == nil, AllLocal: true, AuditPods: n.AuditPods,
 	}, endpoints)
-	e.compiler.Compile()
+	e.takeServices(batch, addrs)
 	bindings := e.inventory.Bindings()
 	for _, ep := range endpoints {
 		if key, ok := bindings[ep.Key]; ok {
@@ -95,6 +95,8 @@ func newEvaluator() *Evaluator {
 		gates:    make(map[policy.PodKey][]gate),
 		assumed:  make(map[netip.Addr]struct{}),
 		node:     make(map[netip.Addr]struct{}),
+		services: make(map[frontend]pinning.Service),
+		pods:     make(map[netip.Addr]policy.Pod),
 	}
 }
 
@@ -104,6 +106,23 @@ func (e *Evaluator) take(batch source.Batch, opts inventory.Options, endpoints [
 	e.inventory.Apply(batch)
 	e.inventory.SetEndpoints(endpoints)
 	e.Problems = append(batch.Problems, e.inventory.Update(e.compiler)...)
+	for _, p := range e.inventory.Pods() {
+		if p.HostNetwork {
+			continue
+		}
+		for _, a := range p.Addresses {
+			if _, taken := e.pods[a]; !taken {
+				e.pods[a] = p
+			}
+		}
+	}
+}
+
+// compile has the compiler answer from now on. Who only wants to know the pods
+// does without: in a large cluster it takes long.
+func (e *Evaluator) compile() policy.Update {
+	e.compiled = true
+	return e.compiler.Compile()
 }
 
 // private loads the update into tables of this process, with a gate for every

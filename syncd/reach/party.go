@@ -8,7 +8,6 @@ package reach
 import (
 	"fmt"
 	"net/netip"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -29,18 +28,13 @@ type Party struct {
 // an address; an address of a known pod is that pod. It returns [ErrUnknown]
 // for anything else.
 func (e *Evaluator) Party(text string) (Party, error) {
-	pods := e.inventory.Pods()
 	if a, err := netip.ParseAddr(text); err == nil {
 		if a = a.Unmap(); a.Zone() != "" {
 			return Party{}, fmt.Errorf("%s: leave out the zone", text)
 		}
-		for i := range pods {
-			if !pods[i].HostNetwork && slices.Contains(pods[i].Addresses, a) {
-				return Party{Name: podName(&pods[i]), Pod: &pods[i], Addresses: []netip.Addr{a}}, nil
-			}
-		}
-		return Party{Name: a.String(), Addresses: []netip.Addr{a}}, nil
+		return e.partyAt(a), nil
 	}
+	pods := e.inventory.Pods()
 	namespace, name, ok := strings.Cut(text, "/")
 	if !ok {
 		namespace, name = "default", text
@@ -54,6 +48,14 @@ func (e *Evaluator) Party(text string) (Party, error) {
 		}
 	}
 	return Party{}, fmt.Errorf("%w: %s/%s; %s", ErrUnknown, namespace, name, known(pods))
+}
+
+// partyAt is the pod that has an address, or the address.
+func (e *Evaluator) partyAt(a netip.Addr) Party {
+	if p, ok := e.pods[a]; ok {
+		return Party{Name: podName(&p), Pod: &p, Addresses: []netip.Addr{a}}
+	}
+	return Party{Name: a.String(), Addresses: []netip.Addr{a}}
 }
 
 // Pods are all pods that have an address and are not on the host network.

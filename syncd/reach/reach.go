@@ -45,11 +45,15 @@ type Evaluator struct {
 
 	inventory *inventory.Inventory
 	compiler  *policy.Compiler
+	compiled  bool // when the first question comes
 	state     *pinning.State
 	owned     bool // state is closed with the evaluator
 	gates     map[policy.PodKey][]gate
 	assumed   map[netip.Addr]struct{}
 	node      map[netip.Addr]struct{}
+	services  map[frontend]pinning.Service
+	// pods by address, those on the host network left out.
+	pods map[netip.Addr]policy.Pod
 }
 
 // gate of a pod, for some of its addresses.
@@ -101,15 +105,20 @@ type Side struct {
 
 // Path is the way between two addresses.
 type Path struct {
-	From    netip.Addr `json:"from"`
-	To      netip.Addr `json:"to"`
-	Verdict Word       `json:"verdict"`
+	From netip.Addr `json:"from"`
+	To   netip.Addr `json:"to"`
+	// Service that To is an address of, and the one of its backends that this
+	// path leads to.
+	Service string         `json:"service,omitempty"`
+	Backend netip.AddrPort `json:"backend,omitzero"`
+	Verdict Word           `json:"verdict"`
 	// Sides are those that are judged: egress of a pod at From, ingress of a
-	// pod at To.
+	// pod at To or Backend.
 	Sides []Side `json:"sides"`
 }
 
-// Answer is about all address families that two parties share.
+// Answer is about all address families that two parties share, and all backends
+// of a Service.
 type Answer struct {
 	From     string `json:"from"`
 	To       string `json:"to"`
@@ -153,11 +162,11 @@ func (e *Evaluator) Ask(ctx context.Context, from, to Party, port Port) (Answer,
 		if !ok || !also {
 			continue
 		}
-		path, err := e.path(ctx, from, to, source, destination, port)
+		paths, err := e.paths(ctx, from, to, source, destination, port)
 		if err != nil {
 			return Answer{}, err
 		}
-		a.Paths = append(a.Paths, path)
+		a.Paths = append(a.Paths, paths...)
 	}
 	if len(a.Paths) == 0 {
 		return Answer{}, fmt.Errorf("%s has %s, %s has %s: %w",
@@ -166,8 +175,19 @@ func (e *Evaluator) Ask(ctx context.Context, from, to Party, port Port) (Answer,
 	return a, nil
 }
 
+// paths are those of one family.
+func (e *Evaluator) paths(ctx context.Context, from, to Party, source, destination netip.Addr, port Port) ([]Path, error) {
+	if to.Pod == nil {
+		if paths, err := e.throughService(ctx, from, source, destination, port); err != nil || len(paths) > 0 {
+			return paths, err
+		}
+	}
+	p, err := e.path(ctx, from, to, source, destination, port)
+	return []Path{p}, err
+}
+
 func (e *Evaluator) path(ctx context.Context, from, to Party, source, destination netip.Addr, port Port) (Path, error) {
-	p := Path{From: source, To: destination, Verdict: Allow, Sides: []Side{}}
+	p := Path{From: source, To: destination, Sides: []Side{}}
 	if from.Pod != nil {
 		s, err := e.side(ctx, policy.Egress, from, source, destination, port)
 		if err != nil {
@@ -182,6 +202,13 @@ func (e *Evaluator) path(ctx context.Context, from, to Party, source, destinatio
 		}
 		p.Sides = append(p.Sides, s)
 	}
+	p.conclude()
+	return p, nil
+}
+
+// conclude makes the verdict of the path of those of its sides.
+func (p *Path) conclude() {
+	p.Verdict = Allow
 	for _, s := range p.Sides {
 		switch {
 		case s.Verdict == Deny:
@@ -190,7 +217,6 @@ func (e *Evaluator) path(ctx context.Context, from, to Party, source, destinatio
 			p.Verdict = Audit
 		}
 	}
-	return p, nil
 }
 
 // side asks the compiler and the kernel about one end.
@@ -234,6 +260,9 @@ func (e *Evaluator) side(ctx context.Context, d policy.Direction, party Party, l
 }
 
 func (e *Evaluator) askCompiler(d policy.Direction, pod *policy.Pod, peer netip.Addr, port Port) (*Opinion, error) {
+	if !e.compiled {
+		e.compile()
+	}
 	v, err := e.compiler.Judge(d, pod.Key, peer, port.protocol(peer), port.coordinate(peer))
 	if err != nil {
 		return nil, err
