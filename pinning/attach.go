@@ -185,7 +185,7 @@ func changeFilters(what string, command, flags int, filters ...filter) error {
 // leadFilters puts our filters in front of others of the same priority. The
 // kernel runs the one that was added last first and leaves a replaced one in
 // its place, so that ours are added anew, behind stand-ins that keep the hook
-// meanwhile.
+// meanwhile. Ours come first too: one that died here has left a stand-in alone.
 func (s *State) leadFilters(ifindex int) error {
 	both, err := s.filters(ifindex)
 	if err != nil {
@@ -195,7 +195,8 @@ func (s *State) leadFilters(ifindex int) error {
 		standIn := ours
 		standIn.handle++
 		for _, step := range []func() error{
-			func() error { return deleteFilters(standIn) }, // of a process that died
+			func() error { return changeFilters("attach", unix.RTM_NEWTFILTER, unix.NLM_F_CREATE, ours) },
+			func() error { return deleteFilters(standIn) },
 			func() error { return addFilter(standIn) },
 			func() error { return deleteFilters(ours) },
 			func() error { return addFilter(ours) },

@@ -385,6 +385,42 @@ func (l *lab) eachLink(e pinning.Endpoint, f func(link.Link) error) {
 	}
 }
 
+// A process that dies while it puts a filter in front leaves the stand-in: who
+// repairs that leaves no gap either.
+func TestRepairAfterRepairDied(t *testing.T) {
+	const ours, standIn = 0x70670001, 0x70670002
+	l := newLab(t)
+	host := l.veth("a")
+	w := l.witness(host)
+	r := request(host, "10.0.0.1")
+	r.Attach = pinning.AttachClsact
+	e, _ := l.add(r)
+	p, err := ebpf.LoadPinnedProgram(l.options.Layout.ProgramPath(bpf.DatapathProgFromPod), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = p.Close() })
+	stop := l.sending(host)
+	for range 20 {
+		left := l.filterOf(host, netlink.HANDLE_MIN_INGRESS, 1, standIn, p)
+		l.do(func() error {
+			gone := *left
+			gone.Handle = ours
+			return netlink.FilterDel(&gone)
+		})
+		if done := l.repair(); len(done) != 1 {
+			t.Fatalf("repaired is %v", done)
+		}
+		if err := l.check(e.Key, r.Endpoint); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if sent, passed := stop(), w.seen(t); sent == 0 || passed != 0 {
+		t.Errorf("of %d packets %d met no hook", sent, passed)
+	}
+	l.wantHooked(host, "podgate_to_pod by clsact", "podgate_from_pod by clsact", "other by clsact")
+}
+
 func TestRepairSweeps(t *testing.T) {
 	for _, kind := range attachKinds(t) {
 		t.Run(kind.String(), func(t *testing.T) {
