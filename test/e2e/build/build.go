@@ -8,7 +8,7 @@
 // stay. Nothing is pulled from a registry of images.
 //
 // Each directory below is a module of its own, because what Kubernetes,
-// containerd, etcd, CoreDNS and cyclonus require does not go together.
+// containerd, etcd and CoreDNS require does not go together.
 package build
 
 import (
@@ -89,10 +89,6 @@ func groups() []group {
 		name:     "coredns",
 		module:   "coredns",
 		programs: []program{{name: "coredns", pkg: "."}},
-	}, {
-		name:     "cyclonus",
-		module:   "cyclonus",
-		programs: []program{{name: "cyclonus", pkg: "github.com/mattfenwick/cyclonus/cmd/cyclonus"}},
 	}, {
 		name:     "pause",
 		module:   "..",
