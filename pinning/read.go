@@ -197,23 +197,49 @@ func (s *State) Ruleset(id uint32) (Ruleset, error) {
 		}
 		r.DefaultRule = &rule
 	}
-	members, err := s.m(bpf.DatapathMapRulesetPolicies)
-	if err != nil {
+	if r.Policies, err = s.rulesetPolicies(id, v.Policies); err != nil {
 		return r, err
-	}
-	for i := range v.Policies {
-		var number uint32
-		if err := lookup(members, bpf.DatapathRulesetPolicyKey{Ruleset: id, Index: i}, &number); err != nil {
-			return r, fmt.Errorf("ruleset %d: policy %d: %w", id, i, err)
-		}
-		p, err := s.policyInfo(number)
-		if err != nil {
-			return r, fmt.Errorf("ruleset %d: %w", id, err)
-		}
-		r.Policies = append(r.Policies, p)
 	}
 	r.Cells, err = s.pinnedCells(id)
 	return r, err
+}
+
+// RulesetPolicies are the policies that a ruleset is made of: where no rule
+// matches, it is they that isolate. It returns [ErrNotFound] for a number that
+// is not in use.
+func (s *State) RulesetPolicies(id uint32) ([]policy.PolicyInfo, error) {
+	m, err := s.m(bpf.DatapathMapRulesets)
+	if err != nil {
+		return nil, err
+	}
+	var v bpf.DatapathRuleset
+	if err := lookup(m, id, &v); err != nil {
+		return nil, fmt.Errorf("ruleset %d: %w", id, err)
+	}
+	if v.Flags&uint8(bpf.DatapathRulesetFlagsRULESET_USED) == 0 {
+		return nil, fmt.Errorf("ruleset %d: %w", id, ErrNotFound)
+	}
+	return s.rulesetPolicies(id, v.Policies)
+}
+
+func (s *State) rulesetPolicies(id, count uint32) ([]policy.PolicyInfo, error) {
+	members, err := s.m(bpf.DatapathMapRulesetPolicies)
+	if err != nil {
+		return nil, err
+	}
+	var out []policy.PolicyInfo
+	for i := range count {
+		var number uint32
+		if err := lookup(members, bpf.DatapathRulesetPolicyKey{Ruleset: id, Index: i}, &number); err != nil {
+			return out, fmt.Errorf("ruleset %d: policy %d: %w", id, i, err)
+		}
+		p, err := s.policyInfo(number)
+		if err != nil {
+			return out, fmt.Errorf("ruleset %d: %w", id, err)
+		}
+		out = append(out, p)
+	}
+	return out, nil
 }
 
 func (s *State) pinnedCells(ruleset uint32) (map[uint32][]Interval, error) {

@@ -73,6 +73,34 @@ func (r *Reader) Read(ctx context.Context) (Flow, error) {
 	}
 }
 
+// ReadBatch fills flows with what is in the ring, waiting for the first event
+// for a twentieth of a second at most; it may return none. Records that cannot
+// be decoded are counted as skipped.
+func (r *Reader) ReadBatch(ctx context.Context, flows []Flow) (n, skipped int, err error) {
+	if err := ctx.Err(); err != nil {
+		return 0, 0, err
+	}
+	r.ring.SetDeadline(time.Now().Add(poll))
+	for n < len(flows) {
+		err := r.ring.ReadInto(&r.record)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, skipped, nil
+		}
+		if err != nil {
+			return n, skipped, fmt.Errorf("read the event ring: %w", err)
+		}
+		if n+skipped == 0 {
+			r.ring.SetDeadline(time.Unix(1, 0)) // do not wait for more
+		}
+		if flows[n], err = Decode(r.record.RawSample, r.clock); err != nil {
+			skipped++
+			continue
+		}
+		n++
+	}
+	return n, skipped, nil
+}
+
 // Lost is how many events the full ring did not take since it was made.
 func (r *Reader) Lost() (uint64, error) {
 	var perCPU []uint64
