@@ -71,7 +71,7 @@ func (s *Source) Notify(p source.Problem) {
 		return
 	}
 	if p.Object == (manifest.Key{}) {
-		node := &corev1.ObjectReference{APIVersion: "v1", Kind: kindNode, Name: s.opts.Node, UID: types.UID(s.opts.Node)}
+		node := &corev1.ObjectReference{APIVersion: "v1", Kind: manifest.KindNode, Name: s.opts.Node, UID: types.UID(s.opts.Node)}
 		s.recorder.Event(node, corev1.EventTypeWarning, reasonNode, p.Subject+": "+p.Reason)
 		return
 	}

@@ -64,6 +64,13 @@ func (r *resource) key(name metav1.Object) manifest.Key {
 	return manifest.Key{Kind: r.kind, Namespace: name.GetNamespace(), Name: name.GetName()}
 }
 
+// knows tells whether a cluster-wide object is there. Runs under the source's
+// lock.
+func (f *follower) knows(name string) bool {
+	_, ok := f.items[manifest.Key{Kind: f.kind, Name: name}]
+	return ok
+}
+
 // Transformer makes a reflector translate each object of a stream as it comes.
 func (f *follower) Transformer() cache.TransformFunc {
 	return func(obj any) (any, error) { return f.translated(obj) }

@@ -22,7 +22,7 @@ func (s *Source) server() string { return "API server " + s.opts.Config.Host }
 func (s *Source) problems(now time.Time) []source.Problem {
 	out := s.outages(now)
 	for _, f := range s.followers {
-		if f.kind == kindNode && f.synced && len(f.items) == 0 {
+		if f.kind == manifest.KindNode && f.synced && !f.knows(s.opts.Node) {
 			out = append(out, source.Problem{
 				Subject: s.server(),
 				Reason:  fmt.Sprintf("there is no Node %s: no pod is one of this node; see --node-name", s.opts.Node),

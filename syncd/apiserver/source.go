@@ -25,10 +25,6 @@ import (
 	"github.com/podgate/podgate/syncd/source"
 )
 
-// kindNode is the kind of the one Node that is followed, to see whether it
-// exists.
-const kindNode = "Node"
-
 // Options of a [Source].
 type Options struct {
 	// Config of the client, see [Config].
@@ -36,6 +32,9 @@ type Options struct {
 	// Node is this node's name. Of pods that run elsewhere only those are
 	// delivered that have an address.
 	Node string
+	// Names asks for what an observer names traffic by, and not for policy:
+	// Pods with their workloads, Namespaces, and all Nodes with their addresses.
+	Names bool
 	// Patience is how long the server may take to answer before that is a
 	// problem, default 10 s; a fifth of it is how long it may refuse to.
 	Patience time.Duration
@@ -73,15 +72,7 @@ func New(opts Options) (*Source, error) {
 		changed: make(chan struct{}, 1),
 		touched: make(map[manifest.Key]struct{}),
 	}
-	core := corev1.SchemeGroupVersion
-	for _, r := range []resource{
-		{kind: manifest.KindPod, plural: "pods", group: core, example: &corev1.Pod{}},
-		{kind: manifest.KindNamespace, plural: "namespaces", group: core, example: &corev1.Namespace{}},
-		{kind: manifest.KindNetworkPolicy, plural: "networkpolicies", group: networkingv1.SchemeGroupVersion, example: &unstructured.Unstructured{}},
-		{kind: manifest.KindService, plural: "services", group: core, example: &corev1.Service{}},
-		{kind: manifest.KindEndpointSlice, plural: "endpointslices", group: discoveryv1.SchemeGroupVersion, example: &discoveryv1.EndpointSlice{}},
-		{kind: kindNode, plural: "nodes", group: core, example: &corev1.Node{}, name: opts.Node},
-	} {
+	for _, r := range resources(&opts) {
 		f, err := s.follow(r)
 		if err != nil {
 			return nil, err
@@ -89,6 +80,25 @@ func New(opts Options) (*Source, error) {
 		s.followers = append(s.followers, f)
 	}
 	return s, nil
+}
+
+// resources are what the source follows.
+func resources(o *Options) []resource {
+	core := corev1.SchemeGroupVersion
+	out := []resource{
+		{kind: manifest.KindPod, plural: "pods", group: core, example: &corev1.Pod{}},
+		{kind: manifest.KindNamespace, plural: "namespaces", group: core, example: &corev1.Namespace{}},
+	}
+	if o.Names {
+		return append(out, resource{kind: manifest.KindNode, plural: "nodes", group: core, example: &corev1.Node{}})
+	}
+	return append(out,
+		resource{kind: manifest.KindNetworkPolicy, plural: "networkpolicies", group: networkingv1.SchemeGroupVersion, example: &unstructured.Unstructured{}},
+		resource{kind: manifest.KindService, plural: "services", group: core, example: &corev1.Service{}},
+		resource{kind: manifest.KindEndpointSlice, plural: "endpointslices", group: discoveryv1.SchemeGroupVersion, example: &discoveryv1.EndpointSlice{}},
+		// To see whether it exists.
+		resource{kind: manifest.KindNode, plural: "nodes", group: core, example: &corev1.Node{}, name: o.Node},
+	)
 }
 
 // Load reads the whole state once. It fails when the server does not answer

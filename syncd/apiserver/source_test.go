@@ -380,14 +380,14 @@ func TestSource(t *testing.T) {
 		}
 		got := make(map[manifest.Key]manifest.Object)
 		for _, o := range batch.Set {
-			if o.Kind != kindNode {
+			if o.Kind != manifest.KindNode {
 				got[o.Key] = o
 			}
 		}
 		m.mu.Lock()
 		defer m.mu.Unlock()
 		want := maps.Clone(m.objects)
-		delete(want, manifest.Key{Kind: kindNode, Name: "n1"})
+		delete(want, manifest.Key{Kind: manifest.KindNode, Name: "n1"})
 		if !maps.Equal(describeAll(got), describeAll(want)) {
 			t.Errorf("got %q, want %q", describeAll(got), describeAll(want))
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -26,8 +27,8 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 		key:        f.key(name),
 	}
 	t.uid = name.GetUID()
-	if f.kind == kindNode {
-		t.object, t.relevant = manifest.Object{Key: t.key}, true
+	if node, ok := obj.(*corev1.Node); ok {
+		t.object, t.relevant = manifest.NodeOf(node), true
 		return t, nil
 	}
 	object, err := objectOf(obj)
@@ -37,6 +38,9 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 		t.fault = summary(invalid)
 	case err != nil:
 		return nil, err
+	}
+	if !f.source.opts.Names {
+		object.Workload = manifest.Workload{} // policy has no use for it, and there are many
 	}
 	t.object, t.relevant = object, f.source.relevant(&object)
 	return t, nil

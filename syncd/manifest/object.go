@@ -6,6 +6,7 @@ package manifest
 import (
 	"cmp"
 	"fmt"
+	"net/netip"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -25,6 +26,7 @@ const (
 	KindNamespace     = "Namespace"
 	KindService       = "Service"
 	KindEndpointSlice = "EndpointSlice"
+	KindNode          = "Node"
 )
 
 // Key names an object the way people do. Namespace is empty for namespaces.
@@ -57,6 +59,10 @@ type Object struct {
 
 	// Node is where a pod runs or will run; empty if not said.
 	Node string
+	// Workload is what a pod belongs to; zero if it is its own.
+	Workload Workload
+	// Addresses of a Node, within the cluster.
+	Addresses []netip.Addr
 	// Ended says that a pod has terminated and will not come back.
 	Ended bool
 	// Mirror says that a pod goes by a UID that its creator chose: the API
@@ -81,6 +87,7 @@ func Translate(obj any) (Object, error) {
 		return Object{
 			Key: Key{KindPod, p.Namespace, p.Name}, Pod: &p,
 			Node: obj.Spec.NodeName, Ended: ended(&obj.Status), Mirror: isMirror(obj), Created: obj.CreationTimestamp.Time,
+			Workload: WorkloadOf(obj),
 		}, err
 	case *corev1.Namespace:
 		errs := validateMeta(&obj.ObjectMeta, validation.IsDNS1123Label)
