@@ -160,13 +160,21 @@ func etherName(t uint16) string {
 	return fmt.Sprintf("ethertype 0x%04x", t)
 }
 
-// tcpFlags names the flags of a TCP header (RFC 9293 3.1) that matter here.
+// Flags of a TCP header (RFC 9293 3.1) that matter here.
+const (
+	tcpFIN = 0x01
+	tcpSYN = 0x02
+	tcpRST = 0x04
+	tcpACK = 0x10
+)
+
+// tcpFlags names them.
 func tcpFlags(flags uint8) string {
 	var out []string
 	for _, f := range []struct {
 		bit  uint8
 		name string
-	}{{0x02, "SYN"}, {0x10, "ACK"}, {0x01, "FIN"}, {0x04, "RST"}} {
+	}{{tcpSYN, "SYN"}, {tcpACK, "ACK"}, {tcpFIN, "FIN"}, {tcpRST, "RST"}} {
 		if flags&f.bit != 0 {
 			out = append(out, f.name)
 		}

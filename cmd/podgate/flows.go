@@ -64,7 +64,8 @@ func (a *app) flowsCommand() *cobra.Command {
 		Short: "Show new flows and drops, with the rule that decided",
 		Long: `Prints the events of the datapath: the first packet of each flow, and packets
 that were dropped, or would have been in audit mode. With --follow it goes on as
-they come. Events are read once: whoever reads them takes them.`,
+they come. Events are read once: whoever reads them takes them. While "podgate
+observe" runs it has read them, and is asked for what it remembers.`,
 		Example: `  podgate flows --follow --verdict denied
   podgate flows --pod shop/web --direction ingress -o json
   podgate flows list --pod shop/web`,
@@ -160,7 +161,7 @@ func (d *describer) rule(id uint32, r *flowReport) {
 	}
 	r.Policy, r.Rule = rule.Policy.String(), rule.Text
 	if rule.Index < 0 {
-		r.Rule = "isolated, no rule matched"
+		r.Rule = isolatedText
 	}
 }
 
@@ -174,7 +175,7 @@ func (d *describer) event(f flow.Flow) flowReport {
 	case policy.TCP:
 		r.Detail = tcpFlags(f.TCPFlags)
 	case policy.ICMP, policy.ICMPv6:
-		r.Detail = fmt.Sprintf("type %d code %d", f.ICMPType, f.ICMPCode)
+		r.Detail = icmpDetail(uint32(f.ICMPType), uint32(f.ICMPCode))
 	}
 	if f.EtherType != etherIPv4 && f.EtherType != etherIPv6 {
 		r.Protocol = etherName(f.EtherType)
@@ -188,6 +189,11 @@ func (d *describer) event(f flow.Flow) flowReport {
 	d.rule(f.Rule, &r)
 	return r
 }
+
+// isolatedText stands for a rule where none matched.
+const isolatedText = "isolated, no rule matched"
+
+func icmpDetail(kind, code uint32) string { return fmt.Sprintf("type %d code %d", kind, code) }
 
 // service names the Service at an address.
 func (d *describer) service(at netip.AddrPort, p policy.Protocol) string {
@@ -229,6 +235,9 @@ func (a *app) flows(ctx context.Context, f flowFilter, follow bool) (err error) 
 	}
 	defer func() { err = errors.Join(err, state.Close()) }()
 	events, err := state.Events(ctx)
+	if errors.Is(err, pinning.ErrLocked) {
+		return a.observedFlows(ctx, f, follow, err)
+	}
 	if err != nil {
 		return err
 	}

@@ -23,10 +23,15 @@ type origin struct{ status.Origin }
 
 // complete fills in what was left out, so that other processes, which have
 // another environment, can open the same.
-func (o *origin) complete(getenv func(string) string) (err error) {
+func (o *origin) complete(getenv func(string) string) error {
 	if o.empty() {
 		return errors.New("neither --kubeconfig nor --policy-dir names anything")
 	}
+	return o.completeNode(getenv)
+}
+
+// completeNode is complete for an origin that may name nothing.
+func (o *origin) completeNode(getenv func(string) string) (err error) {
 	if o.Node = cmp.Or(o.Node, getenv("NODE_NAME")); o.Node == "" {
 		if o.Node, err = os.Hostname(); err != nil {
 			return fmt.Errorf("node name: %w", err)

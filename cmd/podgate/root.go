@@ -69,7 +69,7 @@ Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 	complete(root, "log-level", "debug", "info", "warn", "error")
 
 	root.AddCommand(
-		a.syncCommand(), a.initCommand(), a.statusCommand(), a.policyCommand(), a.flowsCommand(),
+		a.syncCommand(), a.initCommand(), a.statusCommand(), a.policyCommand(), a.flowsCommand(), a.observeCommand(),
 		a.explainCommand(), a.matrixCommand(), a.repairCommand(), a.gcCommand(), a.installCommand(), a.adoptCommand(), a.uninstallCommand(), a.versionCommand(),
 	)
 	return root
