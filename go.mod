@@ -2,6 +2,10 @@ module github.com/podgate/podgate
 
 go 1.26.0
 
+// The plugin is to be built with a released netlink, not with the one that
+// cilium, of which only Hubble's API is used, asks for.
+exclude github.com/vishvananda/netlink v1.3.2-0.20260624190457-bab08b3566fc
+
 require (
 	github.com/cilium/cilium v1.20.2
 	github.com/cilium/ebpf v0.22.0
@@ -15,7 +19,7 @@ require (
 	github.com/prometheus/client_golang v1.25.0
 	github.com/spf13/cobra v1.10.2
 	github.com/spf13/pflag v1.0.10
-	github.com/vishvananda/netlink v1.3.2-0.20260624190457-bab08b3566fc
+	github.com/vishvananda/netlink v1.3.1
 	github.com/vishvananda/netns v0.0.5
 	go.yaml.in/yaml/v3 v3.0.5
 	golang.org/x/sync v0.23.0
