@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"syscall"
+	"testing"
 	"text/template"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -27,9 +29,12 @@ import (
 type containerd struct {
 	cri.RuntimeServiceClient
 
-	process   *exec.Cmd
-	conn      *grpc.ClientConn
-	log       string
+	process *exec.Cmd
+	conn    *grpc.ClientConn
+	log     string
+	socket  string
+	// path is where its programs are looked for (environ(7)).
+	path      string
 	sandboxes []string
 }
 
@@ -56,11 +61,38 @@ state = "{{.Dir}}/state"
     snapshotter = "native"
 `))
 
+// eachContainerd runs a test under the machine's containerd, and under the one
+// that "make test-e2e" builds. The test gets the directory of its programs,
+// which is empty for the machine's.
+func eachContainerd(t *testing.T, test func(t *testing.T, programs string)) {
+	if os.Getuid() != 0 {
+		t.Skip("containers need root")
+	}
+	t.Run("machine", func(t *testing.T) {
+		need.Tools(t, "containerd", "ctr", "runc", "nsenter")
+		test(t, "")
+	})
+	t.Run("v2", func(t *testing.T) {
+		need.Tools(t, "runc", "nsenter")
+		test(t, need.Kubernetes(t, "containerd", "containerd-shim-runc-v2", "ctr"))
+	})
+}
+
 // startContainerd runs containerd on node with the conflist as its only
-// network, and waits until it is ready for pods.
-func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflist) (_ *containerd, err error) {
+// network, and waits until it is ready for pods. Its programs are those in the
+// directory, or the machine's.
+func startContainerd(
+	ctx context.Context, programs string, node *netlab.Node, list netlab.Conflist,
+) (_ *containerd, err error) {
 	dir := filepath.Join(node.Dir, "containerd")
-	c := &containerd{log: filepath.Join(dir, "log")}
+	c := &containerd{
+		log:    filepath.Join(dir, "log"),
+		socket: filepath.Join(dir, "containerd.sock"),
+		path:   os.Getenv("PATH"),
+	}
+	if programs != "" {
+		c.path = programs + string(os.PathListSeparator) + c.path
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("containerd: %w", err), c.Close())
@@ -92,11 +124,12 @@ func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflis
 	defer log.Close()
 
 	// libcni's cache is where it always is, and its own.
-	if err := os.MkdirAll(c.cache(), 0o700); err != nil {
+	if err := errors.Join(os.MkdirAll(c.cache(), 0o700), os.MkdirAll(c.logs(), 0o700)); err != nil {
 		return nil, err
 	}
 	c.process = exec.Command("sh", "-c", `mkdir -p /var/lib/cni && mount --bind "$1" /var/lib/cni && exec containerd --config "$2"`,
 		"containerd", c.cache(), file.Name())
+	c.process.Env = append(os.Environ(), "PATH="+c.path)
 	c.process.Stdout, c.process.Stderr = log, log
 	// Its mounts end with it and with its pods.
 	c.process.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
@@ -104,8 +137,7 @@ func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflis
 		c.process = nil
 		return nil, err
 	}
-	socket := filepath.Join(dir, "containerd.sock")
-	c.conn, err = grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	c.conn, err = grpc.NewClient("unix://"+c.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return nil, err
 	}
@@ -117,16 +149,27 @@ func startContainerd(ctx context.Context, node *netlab.Node, list netlab.Conflis
 	if err := writeImage(ctx, image); err != nil {
 		return nil, err
 	}
-	out, err := exec.CommandContext(ctx, "ctr", "--address", socket, "--namespace", "k8s.io", "images", "import",
-		"--snapshotter", "native", image).CombinedOutput()
+	return c, c.load(ctx, image)
+}
+
+// load imports the images of a file. What is run of them is unpacked then.
+func (c *containerd) load(ctx context.Context, file string) error {
+	// Not by exec.LookPath: PATH is that of containerd.
+	load := exec.CommandContext(ctx, "sh", "-c", `exec ctr "$@"`, "ctr", "--address", c.socket, "--namespace", "k8s.io",
+		"images", "import", "--no-unpack", file)
+	load.Env = append(os.Environ(), "PATH="+c.path)
+	out, err := load.CombinedOutput()
 	if err != nil {
-		return nil, fmt.Errorf("ctr images import: %w\n%s", err, out)
+		return fmt.Errorf("ctr images import: %w\n%s", err, out)
 	}
-	return c, nil
+	return nil
 }
 
 // cache is the directory that containerd has as /var/lib/cni.
 func (c *containerd) cache() string { return filepath.Join(filepath.Dir(c.log), "cni") }
+
+// logs is the directory of what containers print.
+func (c *containerd) logs() string { return filepath.Join(filepath.Dir(c.log), "logs") }
 
 // networks is the directory of network configurations.
 func (c *containerd) networks() string { return filepath.Join(filepath.Dir(c.log), "net.d") }
@@ -142,7 +185,10 @@ func (c *containerd) waitReady(ctx context.Context) error {
 		}
 		ready := true
 		for _, condition := range reply.GetStatus().GetConditions() {
-			ready = ready && condition.GetStatus()
+			// There are others, of what is deprecated.
+			if condition.GetType() == cri.RuntimeReady || condition.GetType() == cri.NetworkReady {
+				ready = ready && condition.GetStatus()
+			}
 		}
 		if ready {
 			return nil
@@ -166,8 +212,9 @@ type pod struct {
 // runPod starts a sandbox, which listens on port 8080.
 func (c *containerd) runPod(ctx context.Context, namespace, name, uid string) (*pod, error) {
 	p := &pod{config: &cri.PodSandboxConfig{
-		Metadata: &cri.PodSandboxMetadata{Namespace: namespace, Name: name, Uid: uid},
-		Linux:    &cri.LinuxPodSandboxConfig{},
+		Metadata:     &cri.PodSandboxMetadata{Namespace: namespace, Name: name, Uid: uid},
+		LogDirectory: c.logs(),
+		Linux:        &cri.LinuxPodSandboxConfig{},
 	}}
 	run, err := c.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: p.config})
 	if err != nil {
@@ -189,25 +236,28 @@ func (c *containerd) container(ctx context.Context, p *pod) (string, error) {
 	if p.container != "" {
 		return p.container, nil
 	}
-	name := p.config.GetMetadata().GetName()
+	var err error
+	p.container, err = c.start(ctx, p, &cri.ContainerConfig{
+		Metadata: &cri.ContainerMetadata{Name: "main"},
+		Image:    &cri.ImageSpec{Image: imageName},
+		Args:     []string{"serve", ":8081"},
+	})
+	return p.container, err
+}
+
+// start runs a container in p.
+func (c *containerd) start(ctx context.Context, p *pod, config *cri.ContainerConfig) (id string, err error) {
+	config.Linux = &cri.LinuxContainerConfig{}
 	create, err := c.CreateContainer(ctx, &cri.CreateContainerRequest{
-		PodSandboxId:  p.sandbox,
-		SandboxConfig: p.config,
-		Config: &cri.ContainerConfig{
-			Metadata: &cri.ContainerMetadata{Name: "main"},
-			Image:    &cri.ImageSpec{Image: imageName},
-			Args:     []string{"serve", ":8081"},
-			Linux:    &cri.LinuxContainerConfig{},
-		},
+		PodSandboxId: p.sandbox, SandboxConfig: p.config, Config: config,
 	})
 	if err != nil {
-		return "", fmt.Errorf("create container in %s: %w", name, err)
+		return "", fmt.Errorf("create container of %s in %s: %w", config.GetImage().GetImage(), p.config.GetMetadata().GetName(), err)
 	}
-	p.container = create.GetContainerId()
-	if _, err := c.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: p.container}); err != nil {
-		return "", fmt.Errorf("start container in %s: %w", name, err)
+	if _, err := c.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: create.GetContainerId()}); err != nil {
+		return "", fmt.Errorf("start container of %s in %s: %w", config.GetImage().GetImage(), p.config.GetMetadata().GetName(), err)
 	}
-	return p.container, nil
+	return create.GetContainerId(), nil
 }
 
 // removePods ends every sandbox and its containers.

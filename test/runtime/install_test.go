@@ -13,28 +13,15 @@ import (
 	"slices"
 	"testing"
 	"time"
-
-	"github.com/podgate/podgate/test/need"
-	"github.com/podgate/podgate/test/netlab"
 )
 
 // TestInstall puts podgate under a containerd that runs, gates the pod that it
 // runs by then, and takes podgate off again.
-func TestInstall(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("containers need root")
-	}
-	need.Tools(t, "containerd", "ctr", "runc", "nsenter")
+func TestInstall(t *testing.T) { eachContainerd(t, testInstall) }
+
+func testInstall(t *testing.T, programs string) {
 	bin := build(t)
-	node, err := netlab.New(netlab.Options{Plugins: bin})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := node.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	node := newNode(t, bin)
 	// What is to be installed is not there yet.
 	source, policy := filepath.Join(node.Dir, "source"), filepath.Join(node.Dir, "policy")
 	for _, err := range []error{
@@ -48,7 +35,7 @@ func TestInstall(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c := run(t, node)
+	c := run(t, programs, node)
 	// The network namespaces of pods are files in containerd's mount namespace.
 	mounts := fmt.Sprintf("--mount=/proc/%d/ns/mnt", c.process.Process.Pid)
 	podgate := func(args ...string) []byte {
@@ -74,6 +61,7 @@ func TestInstall(t *testing.T) {
 	pods := map[string]*pod{}
 	start := func(name string) {
 		t.Helper()
+		var err error
 		if pods[name], err = c.runPod(t.Context(), "default", name, "uid-"+name); err != nil {
 			t.Fatal(err)
 		}

@@ -6,6 +6,7 @@
 package runtime
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -19,7 +20,6 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/podgate/podgate/test/need"
 	"github.com/podgate/podgate/test/netlab"
 )
 
@@ -49,21 +49,11 @@ spec:
 
 // TestContainerd runs pods under policy without a daemon: what podgate sync
 // published once is what ADD finds.
-func TestContainerd(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("containers need root")
-	}
-	need.Tools(t, "containerd", "ctr", "runc")
+func TestContainerd(t *testing.T) { eachContainerd(t, testContainerd) }
+
+func testContainerd(t *testing.T, programs string) {
 	bin := build(t)
-	node, err := netlab.New(netlab.Options{Plugins: bin})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := node.Close(); err != nil {
-			t.Error(err)
-		}
-	})
+	node := newNode(t, bin)
 	podgate := func(args ...string) []byte {
 		t.Helper()
 		args = append(args, "--bpffs", node.BPFFS, "--run-dir", filepath.Join(node.Dir, "run"))
@@ -82,9 +72,10 @@ func TestContainerd(t *testing.T) {
 	}
 	podgate("sync", "--policy-dir", policy, "--once")
 
-	c := run(t, node, node.Podgate())
+	c := run(t, programs, node, node.Podgate())
 	pods := map[string]*pod{}
 	for _, name := range []string{"server", "client", "stranger"} {
+		var err error
 		if pods[name], err = c.runPod(t.Context(), "default", name, "uid-"+name); err != nil {
 			t.Fatal(err)
 		}
@@ -113,6 +104,65 @@ func TestContainerd(t *testing.T) {
 	}
 }
 
+// TestImage runs podgate's own image, from the file that is made to be
+// imported.
+func TestImage(t *testing.T) {
+	const image, version = "podgate.test/podgate:1", "v0.0.0-test"
+	bin := t.TempDir()
+	out, err := exec.CommandContext(t.Context(), "make", "-C", "../..", "image",
+		"BIN="+bin, "IMAGE="+image, "VERSION="+version).CombinedOutput()
+	if err != nil {
+		t.Fatalf("make image: %v\n%s", err, out)
+	}
+	plugins := build(t)
+	eachContainerd(t, func(t *testing.T, programs string) {
+		c := run(t, programs, newNode(t, plugins))
+		if err := c.load(t.Context(), filepath.Join(bin, "image.tar")); err != nil {
+			t.Fatal(err)
+		}
+		p, err := c.runPod(t.Context(), "default", "podgate", "uid-podgate")
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, err := c.start(t.Context(), p, &cri.ContainerConfig{
+			Metadata: &cri.ContainerMetadata{Name: "podgate"},
+			Image:    &cri.ImageSpec{Image: image},
+			Args:     []string{"version"},
+			LogPath:  "podgate",
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for state := cri.ContainerState_CONTAINER_CREATED; state != cri.ContainerState_CONTAINER_EXITED; {
+			reply, err := c.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: id})
+			if err != nil {
+				t.Fatal(err)
+			}
+			state = reply.GetStatus().GetState()
+			time.Sleep(10 * time.Millisecond)
+		}
+		log, err := os.ReadFile(filepath.Join(c.logs(), "podgate"))
+		if err != nil || !bytes.Contains(log, []byte("podgate "+version+",")) {
+			t.Errorf("`podgate version` prints %s (%v)", log, err)
+		}
+	})
+}
+
+// newNode makes a node that ends with the test.
+func newNode(t *testing.T, plugins string) *netlab.Node {
+	t.Helper()
+	node, err := netlab.New(netlab.Options{Plugins: plugins})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return node
+}
+
 // build fills a directory with the CNI plugins and podgate.
 func build(t *testing.T) string {
 	t.Helper()
@@ -135,9 +185,9 @@ func build(t *testing.T) string {
 
 // run starts containerd with bridge, and what comes after it, as its network.
 // cniVersion is the highest that Debian 12's containerd speaks.
-func run(t *testing.T, node *netlab.Node, after ...netlab.Plugin) *containerd {
+func run(t *testing.T, programs string, node *netlab.Node, after ...netlab.Plugin) *containerd {
 	t.Helper()
-	c, err := startContainerd(t.Context(), node, netlab.Conflist{
+	c, err := startContainerd(t.Context(), programs, node, netlab.Conflist{
 		CNIVersion: "1.0.0",
 		Name:       "lab",
 		Plugins:    append([]netlab.Plugin{node.Bridge("cni0", "10.88.0.0/24", "fd88::/64")}, after...),
