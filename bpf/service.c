@@ -199,7 +199,7 @@ static __always_inline void emit_service(struct scratch *s, __u32 type,
 	fill(&e->event, s, length, ifindex, type, DIRECTION_EGRESS, tick_ns(s));
 	__builtin_memset(&e->frontend, 0,
 			 sizeof(*e) - offsetof(struct service_event, frontend));
-	if (before) {
+	if (before && flow_identity(before) != flow_identity(&s->packet.key)) {
 		address_copy(&e->frontend, &before->peer);
 		e->frontend_port = before->peer_port;
 	}
@@ -218,7 +218,8 @@ static __always_inline void stamp(struct scratch *s, struct flow *f,
 	if (f->translated != identity) {
 		address_copy(&b.address, &s->packet.key.peer);
 		b.port = s->packet.key.peer_port;
-		bpf_map_update_elem(&backends, before, &b, BPF_ANY);
+		if (identity != flow_identity(before))
+			bpf_map_update_elem(&backends, before, &b, BPF_ANY);
 		f->translated = identity;
 	}
 	f->verdict = verdict;
@@ -426,8 +427,7 @@ int after_nat(struct bpf_nf_ctx *ctx)
 	key->protocol = 0;
 	l4 = *(__u8 *)ip >> 4 == 6 ? read_v6(&data, key) : read_v4(ip, key);
 	/* from_pod leaves nothing else. */
-	if (l4 < L4_NONE && key->protocol != IPPROTO_TCP &&
-	    key->protocol != IPPROTO_UDP && key->protocol != IPPROTO_SCTP)
+	if (l4 < L4_NONE && !is_mapped(key->protocol))
 		return tag ? NF_DROP : NF_ACCEPT;
 
 	slot = tag - 1;

@@ -164,6 +164,43 @@ func TestServiceAtOtherAddresses(t *testing.T) {
 	})
 }
 
+// TestMappedPorts: what reaches a pod through a port of its node, as portmap
+// makes them for hostPort and nobody tells podgate, is judged as that pod.
+func TestMappedPorts(t *testing.T) {
+	everyPlaza(t, func(p *plaza) {
+		p.set(service(1, policy.TCP, 8080, friend))
+		mapped := map[string]pinning.Service{}
+		for name, c := range map[string]struct {
+			backend host
+			port    uint16
+		}{"good": {friend, 30081}, "bad": {foe, 30082}} {
+			s := service(2, policy.TCP, 8080, c.backend)
+			s.Frontends = []netip.AddrPort{netip.AddrPortFrom(node.v4, c.port), netip.AddrPortFrom(node.v6, c.port)}
+			mapped[name] = s
+		}
+		p.translate([]pinning.Service{mapped["good"], mapped["bad"]})
+		for i := range 2 {
+			p.from("a mapped port", "tcp", mapped["good"].Frontends[i], "good")
+			p.from("a mapped port", "tcp", mapped["bad"].Frontends[i], "")
+			to := netip.AddrPortFrom(mapped["good"].Frontends[i].Addr(), 8080)
+			p.from("the node", "tcp", to, "node")
+			p.from("the node", "udp", netip.AddrPortFrom(to.Addr(), 8053), "node")
+			p.ping("the node", true, p.pods["client"], to.Addr())
+			// Policy that changes ends neither, nor needs the pod to speak first.
+			for _, c := range []connection{p.open("tcp", mapped["good"].Frontends[i], "good"), p.open("tcp", to, "node")} {
+				p.isolate(8080, 9999)
+				p.goesOn("a connection", c, true)
+				p.isolate(8080)
+				p.goesOn("a connection", c, true)
+			}
+			c := p.open("tcp", mapped["good"].Frontends[i], "good")
+			p.isolate()
+			p.goesOn("a connection that is denied now", c, false)
+			p.isolate(8080)
+		}
+	})
+}
+
 // connection is one that the client has open.
 type connection struct {
 	net.Conn

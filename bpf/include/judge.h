@@ -245,10 +245,18 @@ static __always_inline __u32 coordinate(const struct flow_key *key, __u32 how)
 							key->local_port);
 }
 
+/* Does kube-proxy, or portmap, translate it? */
+static __always_inline bool is_mapped(__u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP ||
+	       protocol == IPPROTO_SCTP;
+}
+
 /*
  * The verdict on a marked peer, whose class is in scratch->judgement. To the
  * frontend of a Service it is that on all backends, if they agree, unless the
- * backend is judged later.
+ * backend is judged later. So is what is sent to the node, whose ports may lead
+ * to pods (hostPort).
  */
 __noinline int judge_service(__u32 how)
 {
@@ -265,8 +273,14 @@ __noinline int judge_service(__u32 how)
 	at = coordinate(HOW_QUOTED(how) ? &s->quoted.key : &s->packet.key, how);
 	class = j->class;
 	id = find_service(s, peer, at);
-	if (!id)
-		return judge_choice(class, at);
+	if (!id) {
+		if (!(class & PEER_NODE) || !is_mapped(at >> 16) ||
+		    services_mode() != SERVICES_AFTER || (how & HOW_AHEAD))
+			return judge_choice(class, at);
+		j->rule = 0;
+		j->class = class & PEER_CLASS;
+		return settle(j, ACTION_ALLOW, REASON_SERVICE);
+	}
 	service = bpf_map_lookup_elem(&services, &id);
 	if (!service)
 		return settle(j, ACTION_DENY, REASON_TABLE);
@@ -316,7 +330,8 @@ static __always_inline int judge_peer(struct scratch *s,
 	j->owner = peer >> 32;
 	if (j->ruleset == RULESET_OPEN)
 		return settle(j, ACTION_ALLOW, REASON_OPEN);
-	if (dir == DIRECTION_EGRESS && ((__u32)peer & PEER_SERVICE) &&
+	if (dir == DIRECTION_EGRESS &&
+	    ((__u32)peer & (PEER_SERVICE | PEER_NODE)) &&
 	    !(how & HOW_TRANSLATED)) {
 		j->class = peer;
 		return settle(j, ACTION_DENY, REASON_NONE);

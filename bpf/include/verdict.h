@@ -130,6 +130,9 @@ __noinline int recall_backend(__u64 translated, __u32 verdict)
 		       REASON_SERVICE);
 		return 0;
 	}
+	/* It was not translated. */
+	if (flow_identity(&s->quoted.key) == translated)
+		return 1;
 	b = bpf_map_lookup_elem(&backends, &s->quoted.key);
 	if (!b)
 		return 0;
