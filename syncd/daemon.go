@@ -80,6 +80,7 @@ type Daemon struct {
 	compiler  *policy.Compiler
 	problems  problems
 	synced    time.Time
+	applied   time.Time
 	// endpoints as last read, if listed: what has not been seen might look
 	// like gone.
 	endpoints []pinning.Endpoint
@@ -421,6 +422,9 @@ func (d *Daemon) apply(ctx context.Context, update policy.Update) {
 	case update.Full, makesRoom, d.stale:
 		d.tried = time.Now()
 	}
+	if !d.stale {
+		d.applied = time.Now()
+	}
 	if !d.stale && !d.short {
 		d.caughtUp()
 	}
@@ -454,15 +458,13 @@ func (d *Daemon) blame(failed []error, stand bool) {
 			if key, ok := d.inventory.Policy(p.UID); ok {
 				out.Subject, out.Object = key.String(), key
 			}
-			if !slices.Contains(problems, out) {
-				problems = append(problems, out)
-			}
+			problems = append(problems, out)
 		}
 	}
 	if stand {
 		for _, p := range d.problems.standing["apply"] {
 			p.Since = time.Time{}
-			if p.Subject == "kernel state" && !slices.Contains(problems, p) {
+			if p.Subject == "kernel state" {
 				problems = append(problems, p)
 			}
 		}
@@ -513,6 +515,7 @@ func (d *Daemon) report() {
 	s := status.Status{
 		Updated:   time.Now(),
 		Synced:    d.synced,
+		Applied:   d.applied,
 		Endpoints: len(d.endpoints),
 		Problems:  d.problems.list(),
 	}

@@ -422,6 +422,23 @@ func TestRunWithoutRoom(t *testing.T) {
 	b.until("tried again", func(r *recorder, _ status.Status) bool { return fulls(r) > 1+roomTries })
 }
 
+// TestRunWithoutRoomFromTheStart asks that a daemon that never had room for all
+// is known to be one that enforces the rest.
+func TestRunWithoutRoomFromTheStart(t *testing.T) {
+	state := newRecorder()
+	state.failing("Apply", errors.New("out of order"))
+	b := start(t, state)
+	b.set(pod("x", "1") + isolate("1"))
+	b.until("a problem", hasProblem("out of order"))
+	b.until("not applied", func(_ *recorder, s status.Status) bool { return s.Applied.IsZero() })
+	state.mu.Lock()
+	state.fail, state.short = map[string]error{}, fmt.Errorf("peers: %w", pinning.ErrFull)
+	state.mu.Unlock()
+	b.until("applied", func(_ *recorder, s status.Status) bool { return !s.Applied.IsZero() })
+	b.until("said", hasProblem("peers: no room"))
+	b.until("not synced", func(_ *recorder, s status.Status) bool { return s.Synced.IsZero() })
+}
+
 func TestRunGoesOn(t *testing.T) {
 	for _, step := range []string{"Upgrade", "Watch", "Repair", "SetNodeAddresses", "Endpoints", "Bind c1"} {
 		t.Run(step, func(t *testing.T) {

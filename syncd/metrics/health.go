@@ -41,15 +41,17 @@ func (h *Health) Alive() error {
 	return nil
 }
 
-// Ready is an error until the kernel has had everything the source knew. Later
-// failures do not take that back: what was applied stays enforced.
+// Ready is an error until what the source knew is in force. A policy that finds
+// no room is no reason to wait: it is closed, named among the problems, and would
+// hold up whoever replaces daemons one by one. Nor do later failures take it
+// back: what was applied stays enforced.
 func (h *Health) Ready() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !h.last.Synced.IsZero() {
+	if !h.last.Applied.IsZero() {
 		return nil
 	}
-	errs := []error{errors.New("not synced yet")}
+	errs := []error{errors.New("nothing applied yet")}
 	for _, p := range h.last.Problems {
 		errs = append(errs, fmt.Errorf("%s: %s", p.Subject, p.Reason))
 	}

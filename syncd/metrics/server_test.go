@@ -20,19 +20,20 @@ import (
 
 func TestServer(t *testing.T) {
 	now := time.Now()
-	well := status.Status{Updated: now, Synced: now}
+	well := status.Status{Updated: now, Applied: now, Synced: now}
 	problem := []source.Problem{{Subject: "kernel state", Reason: "no room"}}
 	for name, tt := range map[string]struct {
 		reports        []status.Status
 		alive, ready   int
 		reason, metric string
 	}{
-		"begins":           {nil, 200, 503, "not synced yet", ""},
+		"begins":           {nil, 200, 503, "nothing applied yet", ""},
 		"cannot sync":      {[]status.Status{{Updated: now, Problems: problem}}, 200, 503, "kernel state: no room", `podgate_sync_problems{subject="kernel state"} 1`},
+		"lacks room":       {[]status.Status{{Updated: now, Applied: now, Problems: problem}}, 200, 200, "ok", `podgate_sync_problems{subject="kernel state"} 1`},
 		"well":             {[]status.Status{well}, 200, 200, "ok", "podgate_sync_last_success_timestamp_seconds"},
-		"has had problems": {[]status.Status{{Updated: now, Synced: now, Problems: problem}, well}, 200, 200, "ok", `podgate_endpoints{state="closed"} 0`},
-		"has problems":     {[]status.Status{well, {Updated: now, Synced: now, Problems: problem}}, 200, 200, "ok", "podgate_sync_problems"},
-		"hangs":            {[]status.Status{{Updated: now.Add(-4 * status.Interval), Synced: now}}, 503, 200, "ok", "process_open_fds"},
+		"has had problems": {[]status.Status{{Updated: now, Applied: now, Synced: now, Problems: problem}, well}, 200, 200, "ok", `podgate_endpoints{state="closed"} 0`},
+		"has problems":     {[]status.Status{well, {Updated: now, Applied: now, Synced: now, Problems: problem}}, 200, 200, "ok", "podgate_sync_problems"},
+		"hangs":            {[]status.Status{{Updated: now.Add(-4 * status.Interval), Applied: now, Synced: now}}, 503, 200, "ok", "process_open_fds"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			figures, health := NewDaemon(), NewHealth()

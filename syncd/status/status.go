@@ -42,6 +42,9 @@ type Status struct {
 	// Synced is when the kernel last had everything the daemon knew; zero if it
 	// never did.
 	Synced time.Time `json:"synced,omitzero"`
+	// Applied is when an update last came into force, be it less what found no
+	// room; zero if none did.
+	Applied time.Time `json:"applied,omitzero"`
 
 	Policies   int `json:"policies"`
 	Pods       int `json:"pods"`
