@@ -54,7 +54,7 @@ func (a *app) questions(ctx context.Context, m manifestFlags) (*questions, error
 	if m.auditPods {
 		return nil, errors.New("--audit-pods goes with --policy-dir: on this node it is what podgate sync was told")
 	}
-	var node reach.Node
+	node := reach.Node{Sourceless: errors.New("where the manifests are is not known; name them with --policy-dir")}
 	s, _, err := a.daemon()
 	if err != nil {
 		return nil, err
@@ -64,8 +64,10 @@ func (a *app) questions(ctx context.Context, m manifestFlags) (*questions, error
 		node.Name, node.Unlisted, node.AuditPods = from.Node, from.unlisted(), from.AuditPods
 		if !from.empty() {
 			options := source.DirectoryOptions{Cache: cacheDirectory(a.runDirectory()), ReadOnly: true}
-			if node.Source, err = from.open(options, slog.New(slog.DiscardHandler)); err != nil {
-				return nil, err
+			if opened, err := from.open(options, slog.New(slog.DiscardHandler)); err != nil {
+				node.Sourceless = err
+			} else {
+				node.Source = opened
 			}
 		}
 	}

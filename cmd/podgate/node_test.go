@@ -23,6 +23,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/podgate/podgate/syncd/apiserver"
+	"github.com/podgate/podgate/syncd/status"
 	"github.com/podgate/podgate/test/need"
 )
 
@@ -355,6 +357,20 @@ func testExplain(t *testing.T, l *lab) {
 	l.json(0, &alone, "explain", "--from", "shop/other", "--to", "shop/web", "--port", "80/TCP", "--run-dir", t.TempDir())
 	if alone.Verdict != "deny" || len(alone.Caveats) != 1 || !strings.HasPrefix(alone.Caveats[0], "only the kernel answered") {
 		t.Errorf("without manifests: %+v", alone)
+	}
+	// Nor can what a pod of the cluster follows be asked from outside.
+	run, err := status.Acquire(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer run.Close()
+	if err := run.Write(status.Status{Origin: status.Origin{Node: "n1", Kubeconfig: apiserver.InCluster}}); err != nil {
+		t.Fatal(err)
+	}
+	alone = explanation{}
+	l.json(0, &alone, "explain", "--from", "shop/other", "--to", "shop/web", "--port", "80/TCP", "--run-dir", run.Path())
+	if alone.Verdict != "deny" || len(alone.Caveats) != 1 || !strings.Contains(alone.Caveats[0], "for pods of the cluster") {
+		t.Errorf("outside of the cluster: %+v", alone)
 	}
 
 	var m matrixReport

@@ -5,6 +5,7 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 
@@ -52,7 +53,11 @@ func Config(kubeconfig, agent string) (*rest.Config, error) {
 
 func load(kubeconfig string) (*rest.Config, error) {
 	if kubeconfig == InCluster {
-		return rest.InClusterConfig()
+		config, err := rest.InClusterConfig()
+		if errors.Is(err, rest.ErrNotInCluster) {
+			return nil, fmt.Errorf("%s is for pods of the cluster: run this in one, such as podgate's own, or name a file", InCluster)
+		}
+		return config, err
 	}
 	return clientcmd.NewNonInteractiveDeferredLoadingClientConfig(
 		&clientcmd.ClientConfigLoadingRules{ExplicitPath: kubeconfig}, &clientcmd.ConfigOverrides{},

@@ -43,8 +43,9 @@ func FromDirectory(ctx context.Context, dir string, auditPods bool, logger *slog
 // Node says where to find what a node's daemon reads.
 type Node struct {
 	// Source is what the daemon follows; without one only the kernel answers, and
-	// only about the pods attached here.
-	Source source.Source
+	// only about the pods attached here. Sourceless says why there is none.
+	Source     source.Source
+	Sourceless error
 	// Name, Unlisted and AuditPods as of [inventory.Options].
 	Name                string
 	Unlisted, AuditPods bool
@@ -72,7 +73,7 @@ func FromNode(ctx context.Context, state *pinning.State, n Node) (*Evaluator, er
 	}
 	var batch source.Batch
 	if n.Source == nil {
-		e.PolicyErr = errors.New("where the manifests are is not known; name them with --policy-dir")
+		e.PolicyErr = n.Sourceless
 	} else if batch, err = n.Source.Load(ctx); err != nil {
 		e.PolicyErr = err
 	}
