@@ -7,8 +7,7 @@ package main
 
 import (
 	"errors"
-	"io"
-	"log"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -54,7 +53,7 @@ func newGateway(c *cluster) *gateway {
 	g.reset()
 	g.proxy = httputil.NewSingleHostReverseProxy(to)
 	g.proxy.Transport, g.proxy.FlushInterval = transport, -1
-	g.proxy.ErrorLog = log.New(io.Discard, "", 0)
+	g.proxy.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	server := &http.Server{Handler: g, ConnState: g.follow, ReadHeaderTimeout: time.Minute, ErrorLog: g.proxy.ErrorLog}
 	err = c.node.Do(func() error {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
