@@ -36,6 +36,7 @@ type State interface {
 	Apply(ctx context.Context, update policy.Update) (pinning.Applied, error)
 	SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error
 	SetServices(ctx context.Context, all []pinning.Service) error
+	ServicesMode() (pinning.ServicesMode, error)
 	Repair(ctx context.Context) ([]pinning.Repaired, error)
 	Upgrade(ctx context.Context) (bool, error)
 	Watch(ctx context.Context) (<-chan struct{}, error)

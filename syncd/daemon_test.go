@@ -39,6 +39,7 @@ type recorder struct {
 	updates   []policy.Update
 	nodeAddrs []netip.Addr
 	services  []pinning.Service
+	mode      pinning.ServicesMode
 	calls     map[string]int
 	fail      map[string]error
 	changes   chan struct{}
@@ -142,6 +143,12 @@ func (r *recorder) SetServices(_ context.Context, all []pinning.Service) error {
 	defer r.mu.Unlock()
 	r.services = all
 	return r.step("SetServices")
+}
+
+func (r *recorder) ServicesMode() (pinning.ServicesMode, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mode, r.step("ServicesMode")
 }
 
 func (r *recorder) Repair(context.Context) ([]pinning.Repaired, error) {
@@ -480,7 +487,7 @@ func TestRunTellsServices(t *testing.T) {
 	service := manifest.Object{
 		Key: manifest.Key{Kind: manifest.KindService, Namespace: "a", Name: "x"},
 		Service: &manifest.Service{
-			Namespace: "a", Name: "x", Addresses: []netip.Addr{netip.MustParseAddr("10.96.0.1")},
+			Namespace: "a", Name: "x", Addresses: []netip.Addr{netip.MustParseAddr("10.96.0.1"), netip.MustParseAddr("fd00::1")},
 			Ports: []manifest.ServicePort{{Protocol: policy.TCP, Port: 80, NodePort: 30080}},
 		},
 	}
@@ -498,14 +505,36 @@ func TestRunTellsServices(t *testing.T) {
 	b.until("synced without Services", hasNone)
 	b.until("not told", func(r *recorder, _ status.Status) bool { return r.calls["SetServices"] == 0 })
 	b.feed.batches <- source.Batch{}
-	b.until("told", told("[10.96.0.1:80 192.0.2.1:30080]"))
+	b.until("told", told("[10.96.0.1:80 192.0.2.1:30080] [[fd00::1]:80]"))
 	b.until("a problem", hasProblem("services: service a/x: full"))
 	b.until("another", hasProblem("services: service a/y: full"))
 	b.until("told again", func(r *recorder, _ status.Status) bool { return r.calls["SetServices"] > 1 })
 	state.failing("SetServices", nil)
 	b.until("well", hasNone)
 	b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.2")}
-	b.until("told the new address", told("[10.96.0.1:80 192.0.2.2:30080]"))
+	b.until("told the new address", told("[10.96.0.1:80 192.0.2.2:30080] [[fd00::1]:80]"))
+
+	// The veth of a pod that starts changes nothing, unless packets are judged
+	// before they are translated.
+	veth := netip.MustParseAddr("fe80::1")
+	state.mu.Lock()
+	state.mode = pinning.ServicesAfter
+	calls, repairs := state.calls["SetServices"], state.calls["Repair"]
+	state.mu.Unlock()
+	b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.2"), veth}
+	b.until("the node's address", func(r *recorder, _ status.Status) bool { return slices.Contains(r.nodeAddrs, veth) })
+	b.until("nothing told", func(r *recorder, _ status.Status) bool {
+		return r.calls["Repair"] > repairs+2 && r.calls["SetServices"] == calls
+	})
+	state.failing("ServicesMode", errors.New("out of order"))
+	b.until("a problem", hasProblem("services: out of order"))
+	state.failing("ServicesMode", nil)
+	b.until("well", hasNone)
+	state.mu.Lock()
+	state.mode = pinning.ServicesBefore
+	state.mu.Unlock()
+	b.until("told all addresses", told("[10.96.0.1:80 192.0.2.2:30080] [[fd00::1]:80 [fe80::1]:30080]"))
+	b.until("well", hasNone)
 	b.feed.batches <- source.Batch{Gone: []manifest.Key{service.Key}}
 	b.until("told that it is gone", told(""))
 }

@@ -9,7 +9,9 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 
+	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd/manifest"
 	"github.com/podgate/podgate/syncd/service"
 	"github.com/podgate/podgate/syncd/source"
@@ -18,10 +20,10 @@ import (
 // services are those of the source, and how far the state knows them.
 type services struct {
 	table *service.Table
-	// node has the addresses of node ports, and located says that they are
-	// known.
-	node    []netip.Addr
-	located bool
+	// node has the node's addresses, and located says that they are known; ports
+	// those at which the state was told node ports.
+	node, ports []netip.Addr
+	located     bool
 	// known says that the source has told all there are, due that the state
 	// has to be told.
 	known, due bool
@@ -42,18 +44,38 @@ func (s *services) take(b source.Batch) {
 }
 
 // locate notes the node's addresses.
-func (s *services) locate(addrs []netip.Addr) { s.node, s.located, s.due = addrs, true, true }
+func (s *services) locate(addrs []netip.Addr) { s.node, s.located = addrs, true }
+
+// portAddresses are where node ports have to be told: at all of the node's
+// addresses if a packet is judged before translation. Where it is judged after
+// it, so is all that is sent to the node, and what is told serves for names. The
+// link-local addresses are left out then: the veth of each pod has one, so that
+// they are many, and change whenever a pod comes or goes.
+func (d *Daemon) portAddresses() ([]netip.Addr, error) {
+	mode, err := d.opts.State.ServicesMode()
+	if err != nil || mode == pinning.ServicesBefore {
+		return d.services.node, err
+	}
+	return slices.DeleteFunc(slices.Clone(d.services.node), netip.Addr.IsLinkLocalUnicast), nil
+}
 
 // setServices tells the state the Services once all are known: those it has
 // not been told yet would look like gone.
 func (d *Daemon) setServices(ctx context.Context) {
 	s := &d.services
-	if !s.known || !s.located || !s.due {
+	if !s.known || !s.located {
 		return
 	}
-	s.due = false
-	ports := s.table.Ports(s.node)
-	err := d.opts.State.SetServices(ctx, ports)
+	addrs, err := d.portAddresses()
+	if d.problems.set("services mode", "services", err); err != nil {
+		return
+	}
+	if !s.due && slices.Equal(addrs, s.ports) {
+		return
+	}
+	s.due, s.ports = false, addrs
+	ports := s.table.Ports(addrs)
+	err = d.opts.State.SetServices(ctx, ports)
 	if ctx.Err() != nil {
 		return
 	}
