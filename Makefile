@@ -51,7 +51,7 @@ image: ## a container image for amd64 and arm64, in bin/image.tar and bin/image
 	done
 	$(GO) -C install/image run . -name '$(IMAGE)' -version '$(VERSION)' -epoch '$(SOURCE_DATE_EPOCH)' \
 		-revision '$(shell git rev-parse HEAD 2>/dev/null)' \
-		-binaries '$(abspath $(BIN))' -out '$(abspath $(BIN))' $(IMAGEFLAGS)
+		-source '$(CURDIR)' -binaries '$(abspath $(BIN))' -out '$(abspath $(BIN))' $(IMAGEFLAGS)
 
 .PHONY: image-push
 image-push: ## push that image: make image-push IMAGE=registry/name:tag

@@ -6,11 +6,13 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path"
 	"path/filepath"
 	"time"
 
@@ -27,6 +29,8 @@ type release struct {
 	// created is the time of everything in the image, so that it is the same
 	// whenever it is built (https://reproducible-builds.org/specs/source-date-epoch).
 	created time.Time
+	// source is the directory of the sources that the binaries are of.
+	source string
 	// binaries is a directory with one of programs for each platform.
 	binaries string
 }
@@ -67,10 +71,18 @@ type bundle struct {
 	boms  []bom
 }
 
-func (r release) bundle() (*bundle, error) {
+func (r release) bundle(ctx context.Context) (*bundle, error) {
 	a := &bundle{index: mutate.IndexMediaType(empty.Index, types.OCIImageIndex)}
 	for _, p := range platforms {
-		image, err := r.image(p.arch, p.machine)
+		in, err := r.contents(p.arch)
+		if err != nil {
+			return nil, err
+		}
+		known, err := r.licences(ctx, in.paths())
+		if err != nil {
+			return nil, fmt.Errorf("licences: %w", err)
+		}
+		image, err := r.image(p.arch, p.machine, known.files)
 		if err != nil {
 			return nil, fmt.Errorf("image for %s: %w", p.arch, err)
 		}
@@ -78,7 +90,7 @@ func (r release) bundle() (*bundle, error) {
 			Add:        image,
 			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: p.arch}},
 		})
-		b, err := r.bom(p.arch, image)
+		b, err := r.bom(p.arch, image, in, known)
 		if err != nil {
 			return nil, fmt.Errorf("bill of materials for %s: %w", p.arch, err)
 		}
@@ -93,8 +105,8 @@ func (r release) path(arch, program string) string {
 	return filepath.Join(r.binaries, "linux-"+arch, program)
 }
 
-// image is that of one platform: a layer with the programs.
-func (r release) image(arch string, machine elf.Machine) (v1.Image, error) {
+// image is that of one platform: a layer with the programs and the files.
+func (r release) image(arch string, machine elf.Machine, files []entry) (v1.Image, error) {
 	var entries []entry
 	for _, p := range programs {
 		b, err := os.ReadFile(r.path(arch, p))
@@ -106,7 +118,7 @@ func (r release) image(arch string, machine elf.Machine) (v1.Image, error) {
 		}
 		entries = append(entries, entry{path: p, mode: 0o755, content: b})
 	}
-	layer, err := r.layer(entries)
+	layer, err := r.layer(append(entries, files...))
 	if err != nil {
 		return nil, err
 	}
@@ -168,17 +180,33 @@ func standalone(program []byte, machine elf.Machine) error {
 	return nil
 }
 
-// entry is a file of an archive, or a directory, whose path ends in "/".
+// entry is a file of an archive.
 type entry struct {
 	path    string
 	mode    int64
 	content []byte
 }
 
-// archive writes entries in their order, with nothing of this machine.
+// archive writes entries in their order, directories before what is in them,
+// with nothing of this machine.
 func archive(w io.Writer, modified time.Time, entries []entry) error {
 	t := tar.NewWriter(w)
+	made := map[string]bool{".": true}
+	var mkdir func(dir string) error
+	mkdir = func(dir string) error {
+		if made[dir] {
+			return nil
+		}
+		made[dir] = true
+		if err := mkdir(path.Dir(dir)); err != nil {
+			return err
+		}
+		return t.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir + "/", Mode: 0o755, ModTime: modified})
+	}
 	for _, e := range entries {
+		if err := mkdir(path.Dir(e.path)); err != nil {
+			return err
+		}
 		err := t.WriteHeader(&tar.Header{Name: e.path, Mode: e.mode, Size: int64(len(e.content)), ModTime: modified})
 		if err != nil {
 			return err

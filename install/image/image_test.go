@@ -13,9 +13,11 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -94,11 +96,11 @@ func TestImage(t *testing.T) {
 			t.Errorf("two builds of the same sources differ in %s", file)
 		}
 	}
-	path, err := layout.FromPath(filepath.Join(bin, "image"))
+	dir, err := layout.FromPath(filepath.Join(bin, "image"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	all, err := path.ImageIndex()
+	all, err := dir.ImageIndex()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -180,8 +182,17 @@ func testPlatform(t *testing.T, bin, arch string, image v1.Image) {
 	}
 	var listed []string
 	for _, c := range *document.Components {
-		if c.Type == cdx.ComponentTypeLibrary {
-			listed = append(listed, c.Name+" "+c.Version)
+		if c.Type != cdx.ComponentTypeLibrary {
+			continue
+		}
+		listed = append(listed, c.Name+" "+c.Version)
+		if c.Licenses == nil || len(*c.Licenses) == 0 {
+			t.Errorf("%s has no licence", c.Name)
+		}
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(files)), func(name string) bool {
+			return path.Dir(name) == "licenses/"+c.Name && len(files[name]) > 0
+		}) {
+			t.Errorf("the licence of %s is not in the image", c.Name)
 		}
 	}
 	slices.Sort(listed)

@@ -40,6 +40,7 @@ func run(ctx context.Context, args []string) error {
 	flags.StringVar(&r.version, "version", "", "what the binaries say of themselves")
 	flags.StringVar(&r.revision, "revision", "", "commit that they are of")
 	epoch := flags.Int64("epoch", 0, "time of everything in the image, in `seconds` since 1970")
+	flags.StringVar(&r.source, "source", ".", "`directory` of the sources")
 	flags.StringVar(&r.binaries, "binaries", "bin", "`directory` with linux-amd64 and linux-arm64")
 	out := flags.String("out", "bin", "`directory` to write to")
 	push := flags.Bool("push", false, "push to the registry that the name says")
@@ -55,7 +56,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	r.created = time.Unix(*epoch, 0).UTC()
 
-	b, err := r.bundle()
+	b, err := r.bundle(ctx)
 	if err != nil {
 		return err
 	}

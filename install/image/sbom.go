@@ -36,9 +36,28 @@ type bom struct {
 	image v1.Image
 }
 
-// bom reads what the programs say of themselves: the modules that are linked
-// into them and the version of Go.
-func (r release) bom(arch string, image v1.Image) (bom, error) {
+// contents are the programs of a platform, and the modules in them.
+type contents struct {
+	programs []cdx.Component
+	// linked are the references of the modules of each program, in its order.
+	linked [][]string
+	// modules are all of them, by reference.
+	modules map[string]cdx.Component
+}
+
+// paths are the modules' paths.
+func (c *contents) paths() []string {
+	var all []string
+	for _, m := range c.modules {
+		all = append(all, m.Name)
+	}
+	slices.Sort(all)
+	return all
+}
+
+// bom says what the programs say of themselves: the modules that are linked into
+// them and the version of Go.
+func (r release) bom(arch string, image v1.Image, in *contents, known *licences) (bom, error) {
 	subject, err := partial.Descriptor(image)
 	if err != nil {
 		return bom{}, err
@@ -49,22 +68,19 @@ func (r release) bom(arch string, image v1.Image) (bom, error) {
 		Name:    "podgate",
 		Version: r.version,
 	}
-	var components []cdx.Component
-	modules := map[string]cdx.Component{}
+	components := slices.Clone(in.programs)
 	dependencies := []cdx.Dependency{{Ref: root.BOMRef, Dependencies: &[]string{}}}
-	for _, program := range programs {
-		component, linked, err := r.program(arch, program)
-		if err != nil {
-			return bom{}, err
-		}
-		components = append(components, component)
-		*dependencies[0].Dependencies = append(*dependencies[0].Dependencies, component.BOMRef)
-		refs := slices.Sorted(maps.Keys(linked))
-		dependencies = append(dependencies, cdx.Dependency{Ref: component.BOMRef, Dependencies: &refs})
-		maps.Copy(modules, linked)
+	for i, program := range in.programs {
+		*dependencies[0].Dependencies = append(*dependencies[0].Dependencies, program.BOMRef)
+		dependencies = append(dependencies, cdx.Dependency{Ref: program.BOMRef, Dependencies: &in.linked[i]})
 	}
-	for _, ref := range slices.Sorted(maps.Keys(modules)) {
-		components = append(components, modules[ref])
+	for _, ref := range slices.Sorted(maps.Keys(in.modules)) {
+		m := in.modules[ref]
+		m.Licenses = &cdx.Licenses{}
+		for _, id := range known.of[m.Name] {
+			*m.Licenses = append(*m.Licenses, cdx.LicenseChoice{License: &cdx.License{ID: id}})
+		}
+		components = append(components, m)
 	}
 
 	document := cdx.NewBOM()
@@ -89,37 +105,45 @@ func (r release) bom(arch string, image v1.Image) (bom, error) {
 	return bom{arch: arch, document: b.Bytes(), image: referrer}, nil
 }
 
-// program is a binary and the modules in it, by their references.
-func (r release) program(arch, name string) (cdx.Component, map[string]cdx.Component, error) {
-	content, err := os.ReadFile(r.path(arch, name))
-	if err != nil {
-		return cdx.Component{}, nil, err
-	}
-	info, err := buildinfo.Read(bytes.NewReader(content))
-	if err != nil {
-		return cdx.Component{}, nil, fmt.Errorf("%s: %w", name, err)
-	}
-	digest := sha256.Sum256(content)
-	component := cdx.Component{
-		BOMRef:  name,
-		Type:    cdx.ComponentTypeApplication,
-		Name:    name,
-		Version: r.version,
-		Hashes:  &[]cdx.Hash{{Algorithm: cdx.HashAlgoSHA256, Value: hex.EncodeToString(digest[:])}},
-	}
-	modules := map[string]cdx.Component{}
-	add := func(path, version string) {
-		m := module(path, version)
-		modules[m.BOMRef] = m
-	}
-	add("std", strings.TrimPrefix(info.GoVersion, "go"))
-	for _, m := range info.Deps {
-		if m.Replace != nil {
-			m = m.Replace
+// std is the standard library, as a module.
+const std = "std"
+
+// contents reads the programs of a platform.
+func (r release) contents(arch string) (*contents, error) {
+	c := &contents{modules: map[string]cdx.Component{}}
+	for _, name := range programs {
+		program, err := os.ReadFile(r.path(arch, name))
+		if err != nil {
+			return nil, err
 		}
-		add(m.Path, m.Version)
+		info, err := buildinfo.Read(bytes.NewReader(program))
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", r.path(arch, name), err)
+		}
+		digest := sha256.Sum256(program)
+		c.programs = append(c.programs, cdx.Component{
+			BOMRef:  name,
+			Type:    cdx.ComponentTypeApplication,
+			Name:    name,
+			Version: r.version,
+			Hashes:  &[]cdx.Hash{{Algorithm: cdx.HashAlgoSHA256, Value: hex.EncodeToString(digest[:])}},
+		})
+		linked := []cdx.Component{module(std, strings.TrimPrefix(info.GoVersion, "go"))}
+		for _, m := range info.Deps {
+			if m.Replace != nil {
+				m = m.Replace
+			}
+			linked = append(linked, module(m.Path, m.Version))
+		}
+		var refs []string
+		for _, m := range linked {
+			c.modules[m.BOMRef] = m
+			refs = append(refs, m.BOMRef)
+		}
+		slices.Sort(refs)
+		c.linked = append(c.linked, refs)
 	}
-	return component, modules, nil
+	return c, nil
 }
 
 // module is a component that scanners know by its package URL
