@@ -522,10 +522,10 @@ type DatapathState struct {
 	Epoch        uint32
 	NextEndpoint uint32
 	Generation   uint32
-	NextRuleset  uint32
-	NodesNs      uint64
 	Services     uint32
-	Reserved     [5]uint32
+	NodesNs      uint64
+	Netns        uint64
+	Reserved     [2]uint64
 }
 
 type DatapathVerdict uint32

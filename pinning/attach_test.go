@@ -629,3 +629,31 @@ func (l *lab) formerPrograms() {
 		}
 	}
 }
+
+// Who is in another network namespace than the node sees none of its
+// interfaces, which is no reason to take them for gone.
+func TestAnotherNetworkNamespace(t *testing.T) {
+	l := newLab(t)
+	r := request(l.veth("a"), "10.0.0.1")
+	e, _ := l.add(r)
+	l.formerPrograms()
+	l.state = l.open()
+	before := l.holdings()
+	ctx := t.Context()
+	for name, call := range map[string]func() error{
+		"Repair":      func() error { _, err := l.state.Repair(ctx); return err },
+		"Upgrade":     func() error { _, err := l.state.Upgrade(ctx); return err },
+		"SetServices": func() error { return l.state.SetServices(ctx, nil) },
+	} {
+		if err := call(); !errors.Is(err, pinning.ErrNetNS) {
+			t.Errorf("%s elsewhere: %v", name, err)
+		}
+		l.wantHoldings(before)
+		if err := l.Do(call); err != nil {
+			t.Errorf("%s at home: %v", name, err)
+		}
+	}
+	if err := l.check(e.Key, r.Endpoint); err != nil {
+		t.Error(err)
+	}
+}

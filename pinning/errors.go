@@ -21,6 +21,8 @@ var (
 	ErrNoHook = errors.New("no usable hook")
 	// ErrDiffers: an endpoint is not as it was set up.
 	ErrDiffers = errors.New("endpoint is not as it was set up")
+	// ErrNetNS: the caller is not where the node's interfaces are.
+	ErrNetNS = errors.New("not the node's network namespace")
 	// ErrInvalid: a request that cannot be stored.
 	ErrInvalid = errors.New("invalid")
 )

@@ -106,6 +106,9 @@ func (s *State) add(r AddRequest, forebears []*Endpoint) (Endpoint, error) {
 	if err != nil {
 		return e, err
 	}
+	if err := sh.settleIn(); err != nil {
+		return e, err
+	}
 	if e.Gate, _, err = sh.slotFor(uint32(e.HostIfindex)); err != nil {
 		return e, err
 	}

@@ -32,10 +32,14 @@ type Repaired struct {
 
 // Repair puts back hooks that somebody removed, removes endpoints whose
 // interface is gone and pins that belong to no endpoint, and sweeps what
-// updates left. It goes on after errors and returns them joined.
+// updates left. It goes on after errors and returns them joined. It is called in
+// the node's network namespace, and returns [ErrNetNS] elsewhere.
 func (s *State) Repair(ctx context.Context) ([]Repaired, error) {
 	var done []Repaired
 	err := s.locked(ctx, func() error {
+		if err := s.atHome(); err != nil {
+			return err
+		}
 		var errs []error
 		alive := map[uint32]struct{}{}
 		for e, err := range s.Endpoints() {
@@ -230,11 +234,12 @@ func (s *State) sweepClaims() error {
 // Upgrade makes every hook run this binary's programs, if they are not the
 // pinned ones already: the new programs are loaded on the pinned maps, pinned
 // in place of the old ones and swapped in hook by hook. No packet meets no
-// program. It reports whether there was anything to do.
+// program. It reports whether there was anything to do. It is called in the
+// node's network namespace, and returns [ErrNetNS] elsewhere.
 func (s *State) Upgrade(ctx context.Context) (bool, error) {
 	upgraded := false
 	err := s.locked(ctx, func() error {
-		if err := s.verify(); err != nil {
+		if err := errors.Join(s.atHome(), s.verify()); err != nil {
 			return err
 		}
 		coll, err := load(Capacity{}.withDefaults(), s.pinnedMaps())

@@ -152,7 +152,8 @@ func choicesOf(v *bpf.DatapathService) []choice {
 // Where the kernel can have a program behind DNAT, that judges the one that
 // was chosen. Elsewhere, and under IPVS, a packet to a frontend is allowed when
 // it is allowed to each of its backends, and denied with a reason of its own
-// when only to some. It is called in the node's network namespace.
+// when only to some. It is called in the node's network namespace, and returns
+// [ErrNetNS] elsewhere.
 //
 // What cannot be stored is returned in a joined error, [ErrFull] or
 // [ErrInvalid], with the name of the Service; its frontends are judged as the
@@ -162,6 +163,9 @@ func (s *State) SetServices(ctx context.Context, all []Service) error {
 		s.prepareServices()
 	}
 	return s.locked(ctx, func() error {
+		if err := s.atHome(); err != nil {
+			return err
+		}
 		t, err := s.serviceTable()
 		if err != nil {
 			return err

@@ -447,10 +447,10 @@ struct state {
 	__u32 epoch; /* bumped when verdicts of open flows may have changed */
 	__u32 next_endpoint;
 	__u32 generation; /* bumped by each ADD, DEL and GC */
-	__u32 next_ruleset;
+	__u32 services;   /* enum services_mode */
 	__u64 nodes_ns; /* CLOCK_REALTIME when all PEER_NODEs were last known */
-	__u32 services; /* enum services_mode */
-	__u32 reserved[5];
+	__u64 netns;    /* inode of the network namespace of the last ADD */
+	__u64 reserved[2];
 };
 
 /* When packets to a Service are judged. */
