@@ -7,6 +7,7 @@
 package docs
 
 import (
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -169,33 +170,48 @@ func section(text, heading string) string {
 	return before
 }
 
-// TestFlags compares the flags in configuration.md with the command's own help.
+// TestFlags compares the flags in the pages with the commands' own help.
 func TestFlags(t *testing.T) {
-	out, err := exec.CommandContext(t.Context(), "go", "run", "../cmd/podgate", "sync", "--help").CombinedOutput()
-	if err != nil {
+	podgate := filepath.Join(t.TempDir(), "podgate")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", podgate, "../cmd/podgate").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	flag := regexp.MustCompile(`--[a-z-]+`)
+	flag := regexp.MustCompile(`--[a-z][a-z-]*[a-z]`)
 	flags := func(text string) map[string]bool {
 		set := map[string]bool{}
 		for _, f := range flag.FindAllString(text, -1) {
 			set[f] = true
 		}
-		delete(set, "--help")
 		return set
 	}
-	text := pages(t)["configuration.md"]
-	documented := flags(section(text, "podgate sync") + section(text, "Capacity"))
-	delete(documented, "--") // of table rules
-	known := flags(string(out))
-	for f := range known {
-		if !documented[f] && f != "--output" {
-			t.Errorf("%s is not documented", f)
+	texts := pages(t)
+	shared := section(texts["configuration.md"], "podgate sync") + section(texts["configuration.md"], "Capacity")
+	for _, tt := range []struct {
+		commands []string
+		// text is about these commands alone, and beside is about them too.
+		text, beside string
+	}{
+		{[]string{"sync"}, shared, ""},
+		{[]string{"install", "uninstall", "adopt"}, texts["install.md"], shared},
+	} {
+		known := map[string]bool{"--capacity": true} // "the --capacity-… flags"
+		for _, command := range tt.commands {
+			out, err := exec.CommandContext(t.Context(), podgate, command, "--help").CombinedOutput()
+			if err != nil {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			maps.Copy(known, flags(string(out)))
 		}
-	}
-	for f := range documented {
-		if !known[f] && !strings.HasPrefix(f, "---") {
-			t.Errorf("%s is documented and does not exist", f)
+		documented := flags(tt.text + tt.beside)
+		for f := range known {
+			if !documented[f] && f != "--output" && f != "--help" && f != "--capacity" {
+				t.Errorf("podgate %s: %s is not documented", strings.Join(tt.commands, ", "), f)
+			}
+		}
+		for f := range flags(tt.text) {
+			if !known[f] {
+				t.Errorf("podgate %s: %s is documented and does not exist", strings.Join(tt.commands, ", "), f)
+			}
 		}
 	}
 }
