@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/http"
+	"path"
 	"slices"
 	"strings"
 	"sync"
@@ -232,7 +234,52 @@ func podKey(namespace, name string) manifest.Key {
 	return manifest.Key{Kind: manifest.KindPod, Namespace: namespace, Name: name}
 }
 
-// TestSource follows a real API server through what a cluster goes through.
+// requests are the ways in which a server was asked.
+type requests struct {
+	http.RoundTripper
+	mu  sync.Mutex
+	all map[string]struct{}
+}
+
+func (r *requests) wrap(inner http.RoundTripper) http.RoundTripper {
+	r.RoundTripper = inner
+	return r
+}
+
+// RoundTrip notes what is asked for: a stream begins with all objects.
+func (r *requests) RoundTrip(request *http.Request) (*http.Response, error) {
+	query := request.URL.Query()
+	how := "list"
+	switch {
+	case query.Get("sendInitialEvents") == "true":
+		how = "stream"
+	case query.Get("watch") != "":
+		how = "watch"
+	}
+	first, _, _ := strings.Cut(request.Header.Get("Accept"), ",")
+	encoding, _, _ := strings.Cut(first, ";")
+	encoding = strings.TrimPrefix(strings.TrimPrefix(encoding, "application/"), "vnd.kubernetes.")
+	text := path.Base(request.URL.Path) + ": " + how + " of " + encoding
+	if fields := query.Get("fieldSelector"); fields != "" {
+		text += " where " + fields
+	}
+	r.mu.Lock()
+	r.all[text] = struct{}{}
+	r.mu.Unlock()
+	return r.RoundTripper.RoundTrip(request)
+}
+
+func (r *requests) want(t *testing.T, want ...string) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if got := slices.Sorted(maps.Keys(r.all)); !slices.Equal(got, want) {
+		t.Errorf("asked for\n%q, want\n%q", got, want)
+	}
+}
+
+// TestSource follows a real API server through what a cluster goes through. It
+// asks for streams, in the encoding that costs least.
 func TestSource(t *testing.T) {
 	t.Parallel()
 	plane := controlplane.Start(t, nil)
@@ -252,8 +299,17 @@ func TestSource(t *testing.T) {
 	})
 	c.policy("a", "deny", networkingv1.NetworkPolicySpec{})
 
-	m := run(t, plane.Config(controlplane.AdminToken))
+	config, err := Config(plane.Kubeconfig(plane.TokenFile("token", controlplane.AdminToken)), "podgate/test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := &requests{all: make(map[string]struct{})}
+	config.Wrap(asked.wrap)
+	m := run(t, config)
 	m.until("all known", func() bool { return m.batches > 0 && len(m.pending) == 0 })
+	asked.want(t,
+		"endpointslices: stream of protobuf", "namespaces: stream of protobuf", "networkpolicies: stream of json",
+		"nodes: stream of protobuf where metadata.name=n1", "pods: stream of protobuf", "services: stream of protobuf")
 	for key, want := range map[manifest.Key]string{
 		podKey("a", "here.with.dots"):                          `1 [] on "n1"`,
 		podKey("a", "running"):                                 `1 [10.0.0.1 fd00::1] on "n1"`,
