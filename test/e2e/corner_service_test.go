@@ -6,11 +6,13 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"testing"
 
 	core "k8s.io/api/core/v1"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // serviceLab is a client on n1, a server that its egress policy allows and one
@@ -140,6 +142,54 @@ spec:
 		own(l.reachesNodePort(answered, l.allowedSvc, l.client)),
 		own(l.reachesNodePort(dropped, l.deniedSvc, l.client)),
 	)
+}
+
+// testEgressThroughExternalAddress: the same through externalIPs, and through the
+// address of a load balancer.
+func testEgressThroughExternalAddress(t *testing.T, s *suite) {
+	l := newServiceLab(t, s, nil)
+	client := l.Client.CoreV1().Services(l.namespace)
+	frontends := map[*core.Service][]netip.Addr{}
+	for i, service := range []*core.Service{l.allowedSvc, l.deniedSvc} {
+		// Of the documentation's ranges (RFC 5737, RFC 3849): nobody else has them.
+		external := []string{fmt.Sprintf("192.0.2.1%d", i), fmt.Sprintf("2001:db8::1%d", i)}
+		balancer := []string{fmt.Sprintf("192.0.2.2%d", i), fmt.Sprintf("2001:db8::2%d", i)}
+		l.eventually("external addresses of "+service.Name, func(ctx context.Context) error {
+			object, err := client.Get(ctx, service.Name, meta.GetOptions{})
+			if err != nil {
+				return err
+			}
+			object.Spec.Type, object.Spec.ExternalIPs = core.ServiceTypeLoadBalancer, external
+			if object, err = client.Update(ctx, object, meta.UpdateOptions{}); err != nil {
+				return err
+			}
+			object.Status.LoadBalancer.Ingress = nil
+			for _, a := range balancer {
+				object.Status.LoadBalancer.Ingress = append(object.Status.LoadBalancer.Ingress, core.LoadBalancerIngress{IP: a})
+			}
+			_, err = client.UpdateStatus(ctx, object, meta.UpdateOptions{})
+			return err
+		})
+		for _, a := range append(external, balancer...) {
+			frontends[service] = append(frontends[service], netip.MustParseAddr(a))
+		}
+	}
+	reach := func(want outcome, service *core.Service) []probe {
+		var probes []probe
+		for _, a := range frontends[service] {
+			probes = append(probes, l.reachesFrontend(want, service.Name, netip.AddrPortFrom(a, 80), l.client)...)
+		}
+		return probes
+	}
+	l.expect(reach(answered, l.allowedSvc), reach(answered, l.deniedSvc))
+	l.policy(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress: [{ to: [{ podSelector: { matchLabels: { app: good } } }] }]
+`)
+	l.expect(reach(answered, l.allowedSvc), reach(dropped, l.deniedSvc))
 }
 
 // testRepliesThroughService: answers of a Service's backends belong to the

@@ -16,6 +16,7 @@ func testCorner(t *testing.T, s *suite) {
 	}{
 		{"EgressThroughService", testEgressThroughService},
 		{"EgressThroughNodePort", testEgressThroughNodePort},
+		{"EgressThroughExternalAddress", testEgressThroughExternalAddress},
 		{"RepliesThroughService", testRepliesThroughService},
 		{"SessionAffinity", testSessionAffinity},
 		{"HeadlessService", testHeadlessService},
