@@ -248,10 +248,31 @@ func (w *writer) reclassifyServices(u policy.Update) {
 			changed = append(changed, p.Prefix)
 		}
 	}
+	within := contains(changed)
 	for a := range w.services.marked {
-		if slices.ContainsFunc(changed, func(p netip.Prefix) bool { return p.Contains(a) }) {
+		if within(a) {
 			w.problem(w.mark(a, peerService))
 		}
+	}
+}
+
+// contains tells of addresses whether any of the blocks has them, in a time that
+// grows with their lengths and not with their number.
+func contains(blocks []netip.Prefix) func(netip.Addr) bool {
+	set := make(map[netip.Prefix]struct{}, len(blocks))
+	var lengths []int
+	for _, p := range blocks {
+		set[p.Masked()] = struct{}{}
+		if !slices.Contains(lengths, p.Bits()) {
+			lengths = append(lengths, p.Bits())
+		}
+	}
+	return func(a netip.Addr) bool {
+		return slices.ContainsFunc(lengths, func(bits int) bool {
+			p, err := a.Prefix(bits)
+			_, has := set[p]
+			return err == nil && has
+		})
 	}
 }
 

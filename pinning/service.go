@@ -66,10 +66,51 @@ type services struct {
 	frontends map[bpf.DatapathFrontendKey]uint32
 	// marked are the addresses with PEER_SERVICE.
 	marked map[netip.Addr]struct{}
-	// wanted are the Services of the last SetServices of this process, and
-	// backends where each has some.
-	wanted   []wantedService
-	backends map[netip.Addr][]int
+	// wanted are the Services of the last SetServices of this process, leads
+	// where each frontend leads, uses how many lead to a number.
+	wanted []wantedService
+	leads  map[bpf.DatapathFrontendKey]int32
+	uses   map[uint32]int
+	// backends are where a wanted Service has one, more where others have too.
+	backends map[netip.Addr]int32
+	more     map[netip.Addr][]int32
+}
+
+// serve notes that a wanted Service has a backend at an address.
+func (t *services) serve(a netip.Addr, i int32) {
+	switch first, ok := t.backends[a]; {
+	case !ok:
+		t.backends[a] = i
+	case first != i && !slices.Contains(t.more[a], i):
+		t.more[a] = append(t.more[a], i)
+	}
+}
+
+// leave undoes serve.
+func (t *services) leave(a netip.Addr, i int32) {
+	if first, ok := t.backends[a]; ok && first != i {
+		if t.more[a] = slices.DeleteFunc(t.more[a], func(j int32) bool { return j == i }); len(t.more[a]) == 0 {
+			delete(t.more, a)
+		}
+		return
+	}
+	delete(t.backends, a)
+	if rest := t.more[a]; len(rest) > 0 {
+		t.backends[a] = rest[0]
+		if t.more[a] = rest[1:]; len(rest) == 1 {
+			delete(t.more, a)
+		}
+	}
+}
+
+// at adds the wanted Services that have a backend at an address.
+func (t *services) at(a netip.Addr, to map[int32]struct{}) {
+	if first, ok := t.backends[a]; ok {
+		to[first] = struct{}{}
+		for _, i := range t.more[a] {
+			to[i] = struct{}{}
+		}
+	}
 }
 
 // wantedService is a Service with the number it is pinned under; 0: it has
@@ -175,6 +216,47 @@ func (s *State) SetServices(ctx context.Context, all []Service) error {
 	})
 }
 
+// MoveBackends replaces the backends of Services that [State.SetServices] has
+// been told of by this process, and that have the same frontends as then. It
+// costs what has changed. [ErrNotFound] says that one is not known, or has found
+// no room before: then all have to be told anew.
+func (s *State) MoveBackends(ctx context.Context, moved []Service) error {
+	if len(moved) == 0 {
+		return nil
+	}
+	return s.locked(ctx, func() error {
+		t, err := s.serviceTable()
+		if err != nil {
+			return err
+		}
+		if err := s.sweepServices(); err != nil {
+			return err
+		}
+		touched := map[int32]struct{}{}
+		for _, v := range moved {
+			if err := v.validate(); err != nil {
+				return fmt.Errorf("service %s: %w", &v, err)
+			}
+			if len(v.Frontends) == 0 {
+				continue
+			}
+			i, ok := t.leads[frontendKey(v.Frontends[0], v.Protocol)]
+			if !ok || !slices.Equal(t.wanted[i].Frontends, v.Frontends) {
+				return fmt.Errorf("service %s: %w", &v, ErrNotFound)
+			}
+			for _, b := range t.wanted[i].Backends {
+				t.leave(b.Addr().Unmap(), i)
+			}
+			for _, b := range v.Backends {
+				t.serve(b.Addr().Unmap(), i)
+			}
+			t.wanted[i].Backends = v.Backends
+			touched[i] = struct{}{}
+		}
+		return s.choose(touched)
+	})
+}
+
 // serviceWriter is one SetServices.
 type serviceWriter struct {
 	*State
@@ -199,7 +281,8 @@ func (w *serviceWriter) set(all []Service) error {
 	if err := w.chooseMode(len(all) > 0); err != nil {
 		return err
 	}
-	w.t.wanted, w.t.backends = nil, map[netip.Addr][]int{}
+	w.t.wanted, w.t.backends, w.t.more = nil, map[netip.Addr]int32{}, map[netip.Addr][]int32{}
+	w.t.leads, w.t.uses = map[bpf.DatapathFrontendKey]int32{}, map[uint32]int{}
 	for _, v := range all {
 		if err := v.validate(); err != nil {
 			w.problem(&v, err)
@@ -212,8 +295,7 @@ func (w *serviceWriter) set(all []Service) error {
 			continue
 		}
 		for _, b := range v.Backends {
-			a := b.Addr().Unmap()
-			w.t.backends[a] = append(w.t.backends[a], len(w.t.wanted))
+			w.t.serve(b.Addr().Unmap(), int32(len(w.t.wanted)))
 		}
 		w.t.wanted = append(w.t.wanted, wanted)
 		w.names[wanted.id] = v
@@ -224,7 +306,9 @@ func (w *serviceWriter) set(all []Service) error {
 				continue
 			}
 			w.frontends[key] = wanted.id
+			w.t.leads[key] = int32(len(w.t.wanted) - 1)
 		}
+		w.t.uses[wanted.id]++
 	}
 	changed, err := w.publish()
 	if err != nil {
@@ -381,26 +465,32 @@ func (s *State) rechoose(moved []policy.PeerKey) error {
 	if err != nil {
 		return err
 	}
-	touched := map[int]struct{}{}
+	touched := map[int32]struct{}{}
+	var blocks []netip.Prefix
 	for _, p := range moved {
 		if p.Exact {
-			for _, i := range t.backends[p.Prefix.Addr()] {
-				touched[i] = struct{}{}
-			}
-			continue
+			t.at(p.Prefix.Addr(), touched)
+		} else {
+			blocks = append(blocks, p.Prefix)
 		}
-		for a, list := range t.backends {
-			if !p.Prefix.Contains(a) {
-				continue
-			}
-			for _, i := range list {
-				touched[i] = struct{}{}
+	}
+	if len(blocks) > 0 {
+		within := contains(blocks)
+		for a := range t.backends {
+			if within(a) {
+				t.at(a, touched)
 			}
 		}
 	}
+	return s.choose(touched)
+}
+
+// choose pins wanted Services again, as policy tells their backends now.
+func (s *State) choose(touched map[int32]struct{}) error {
 	if len(touched) == 0 {
 		return nil
 	}
+	t := s.services
 	m, err := s.m(bpf.DatapathMapFrontends)
 	if err != nil {
 		return err
@@ -417,6 +507,7 @@ func (s *State) rechoose(moved []policy.PeerKey) error {
 		if id == v.id {
 			continue
 		}
+		whole := true
 		for _, f := range v.Frontends {
 			key := frontendKey(f, v.Protocol)
 			if t.frontends[key] != v.id {
@@ -424,14 +515,19 @@ func (s *State) rechoose(moved []policy.PeerKey) error {
 			}
 			if err := put(m, &key, &bpf.DatapathFrontend{Service: id, Tag: frontendTag(key)}); err != nil {
 				errs = append(errs, fmt.Errorf("service %s: %w", v, err))
+				whole = false
 				continue
 			}
 			t.frontends[key] = id
 			changed = true
 		}
+		t.uses[id]++
+		if t.uses[v.id]--; t.uses[v.id] <= 0 && whole {
+			delete(t.uses, v.id)
+			t.ids.condemn(t.ids.used[v.id], time.Now())
+		}
 		v.id = id
 	}
-	s.retireServices()
 	if changed {
 		errs = append(errs, s.addressesMoved())
 	}

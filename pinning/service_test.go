@@ -386,3 +386,61 @@ func TestServicesOnUnseenBridges(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestMoveBackends gives Services other backends, one after the other, while what
+// policy says of backends changes, too.
+func TestMoveBackends(t *testing.T) {
+	m := newMarket(t)
+	good, bad := "10.0.0.10:8080", "10.0.0.12:8080"
+	web, dns := clusterIP("web", "10.96.0.1:80", good), clusterIP("dns", "10.96.0.2:80", good)
+	if err := m.state.MoveBackends(t.Context(), []pinning.Service{web}); !errors.Is(err, pinning.ErrNotFound) {
+		t.Errorf("a Service nobody told of: %v", err)
+	}
+	m.set(web, dns)
+	allowed := func(to string) { t.Helper(); m.want(to, flow.Allowed, "policy") }
+	denied := func(to string) { t.Helper(); m.want(to, flow.Denied, "default") }
+	move := func(v pinning.Service, backends ...string) {
+		t.Helper()
+		v.Backends = at(backends...)
+		if err := m.state.MoveBackends(t.Context(), []pinning.Service{v}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	allowed("10.96.0.1:80")
+	for range 3 {
+		move(web, bad)
+		denied("10.96.0.1:80")
+		allowed("10.96.0.2:80")
+		move(web, "10.0.0.11:8080", good)
+		allowed("10.96.0.1:80")
+	}
+	move(web, good, bad)
+	m.want("10.96.0.1:80", flow.Denied, "service-mixed")
+	// One that moved follows its backends, and not those it had.
+	move(web, bad)
+	move(dns, good)
+	m.pod("bad-2", "10.0.0.99")
+	m.pod("good-3", "10.0.0.12")
+	m.update()
+	allowed("10.96.0.1:80")
+	m.pod("good-0", "10.0.0.98")
+	m.pod("bad-4", "10.0.0.10")
+	m.update()
+	denied("10.96.0.2:80")
+	allowed("10.96.0.1:80")
+	// What nothing leads to any more goes, and nothing else.
+	pastGrace()
+	move(dns, bad)
+	m.apply(m.compiler.Snapshot())
+	pastGrace()
+	move(web)
+	m.apply(m.compiler.Snapshot())
+	allowed("10.96.0.2:80")
+	denied("10.96.0.1:80")
+	if n := m.holdings()["services"]; n > 3 {
+		t.Errorf("%d Services are left", n)
+	}
+	m.restart()
+	m.set(web, dns)
+	denied("10.96.0.1:80")
+}

@@ -36,6 +36,7 @@ type State interface {
 	Apply(ctx context.Context, update policy.Update) (pinning.Applied, error)
 	SetNodeAddresses(ctx context.Context, addrs []netip.Addr) error
 	SetServices(ctx context.Context, all []pinning.Service) error
+	MoveBackends(ctx context.Context, moved []pinning.Service) error
 	ServicesMode() (pinning.ServicesMode, error)
 	Repair(ctx context.Context) ([]pinning.Repaired, error)
 	Upgrade(ctx context.Context) (bool, error)
@@ -89,8 +90,9 @@ type Daemon struct {
 	// nodeAddrs are to be set if there are any.
 	nodeAddrs []netip.Addr
 	services  services
-	// repaired is when the last repair ended.
-	repaired time.Time
+	// repaired is when the last repair ended, reported when the last report was
+	// made.
+	repaired, reported time.Time
 	// stale says that the state may miss something the compiler told before.
 	stale bool
 	// short says that something found no room in the state, which goes on with
@@ -221,6 +223,7 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 		compact <-chan time.Time
 		retry   <-chan time.Time
 		mend    <-chan time.Time
+		tell    <-chan time.Time
 	)
 	repair := time.NewTicker(d.opts.Repair)
 	defer repair.Stop()
@@ -259,6 +262,10 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			d.measure(ctx)
 			d.services.due = d.services.due || d.services.failed
 		case <-retry:
+		case <-tell:
+			tell = nil
+			d.report()
+			continue
 		case <-compact:
 			compact = nil
 			if !d.stale {
@@ -276,7 +283,13 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			}
 		}
 		d.setServices(ctx)
-		d.report()
+		// There may be hundreds of batches a second.
+		if pause := time.Until(d.reported.Add(d.opts.Grace / 4)); pause <= 0 {
+			tell = nil
+			d.report()
+		} else if tell == nil {
+			tell = time.After(pause)
+		}
 	}
 }
 
@@ -523,4 +536,5 @@ func (d *Daemon) report() {
 	s.Policies, s.Pods, s.Namespaces = d.inventory.Counts()
 	d.opts.Metrics.Report(s, d.states(), d.fill.usage)
 	d.opts.Report(s)
+	d.reported = time.Now()
 }

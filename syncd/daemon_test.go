@@ -151,6 +151,22 @@ func (r *recorder) ServicesMode() (pinning.ServicesMode, error) {
 	return r.mode, r.step("ServicesMode")
 }
 
+func (r *recorder) MoveBackends(_ context.Context, moved []pinning.Service) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.step("MoveBackends"); err != nil {
+		return err
+	}
+	for _, m := range moved {
+		for i := range r.services {
+			if slices.Equal(r.services[i].Frontends, m.Frontends) {
+				r.services[i].Backends = m.Backends
+			}
+		}
+	}
+	return nil
+}
+
 func (r *recorder) Repair(context.Context) ([]pinning.Repaired, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -25,8 +25,8 @@ type services struct {
 	node, ports []netip.Addr
 	located     bool
 	// known says that the source has told all there are, due that the state
-	// has to be told.
-	known, due bool
+	// has to be told, and all of them if backends are not all that changed.
+	known, due, all bool
 	// failed says that the state could not take all of them.
 	failed bool
 }
@@ -39,7 +39,7 @@ func (s *services) take(b source.Batch) {
 		s.due = true
 	}
 	if !s.known && !b.Lacks(manifest.KindService, manifest.KindEndpointSlice) {
-		s.known, s.due = true, true
+		s.known, s.due, s.all = true, true, true
 	}
 }
 
@@ -70,17 +70,26 @@ func (d *Daemon) setServices(ctx context.Context) {
 	if d.problems.set("services mode", "services", err); err != nil {
 		return
 	}
-	if !s.due && slices.Equal(addrs, s.ports) {
+	located := slices.Equal(addrs, s.ports)
+	if !s.due && located {
 		return
 	}
-	s.due, s.ports = false, addrs
-	ports := s.table.Ports(addrs)
-	err = d.opts.State.SetServices(ctx, ports)
+	moved, only := s.table.Moved()
+	if only = only && located && !s.all; only {
+		err = d.opts.State.MoveBackends(ctx, moved)
+		d.log.Debug("backends of services", "ports", len(moved), "error", err)
+	}
+	if !only || err != nil {
+		ports := s.table.Ports(addrs)
+		err = d.opts.State.SetServices(ctx, ports)
+		d.log.Debug("services", "ports", len(ports), "error", err)
+	}
 	if ctx.Err() != nil {
 		return
 	}
+	// What has failed is tried again as a whole.
 	s.failed = err != nil
-	d.log.Debug("services", "ports", len(ports), "error", err)
+	s.due, s.all, s.ports = false, s.failed, addrs
 	var problems []source.Problem
 	for _, err := range parts(err) {
 		problems = append(problems, source.Problem{Subject: "services", Reason: err.Error()})

@@ -167,7 +167,8 @@ func (c *Compiler) reapNamespace(ns *namespace) {
 }
 
 // SetPod adds a pod or replaces the one with the same key. An error names the
-// pod and the field; what was there before then stays in force.
+// pod and the field; what was there before then stays in force. The pod's
+// addresses are kept and must not be changed.
 func (c *Compiler) SetPod(in Pod) error {
 	addresses, ports, err := checkPod(in)
 	if err != nil {

@@ -79,7 +79,8 @@ func (p *profile) remove(x *pod) {
 	}
 }
 
-// checkPod returns the addresses and ports of a pod in canonical form.
+// checkPod returns the addresses and ports of a pod in canonical form, its own
+// where they are.
 func checkPod(p Pod) ([]netip.Addr, []NamedPort, error) {
 	if p.Key == "" {
 		return nil, nil, fmt.Errorf("pod %s/%s: key: must not be empty", p.Namespace, p.Name)
@@ -87,14 +88,21 @@ func checkPod(p Pod) ([]netip.Addr, []NamedPort, error) {
 	fail := func(field string, i int, err error) ([]netip.Addr, []NamedPort, error) {
 		return nil, nil, fmt.Errorf("pod %s/%s: %s[%d]: %w", p.Namespace, p.Name, field, i, err)
 	}
-	var addresses []netip.Addr
+	addresses := p.Addresses
 	for i, a := range p.Addresses {
-		a = a.Unmap().WithZone("")
-		if !a.IsValid() || a.IsUnspecified() {
+		canonical := a.Unmap().WithZone("")
+		if !canonical.IsValid() || canonical.IsUnspecified() {
 			return fail("addresses", i, errors.New("not a valid address"))
 		}
-		if !slices.Contains(addresses, a) {
-			addresses = append(addresses, a)
+		if canonical != a || slices.Contains(p.Addresses[:i], a) {
+			addresses = nil
+		}
+	}
+	if addresses == nil {
+		for _, a := range p.Addresses {
+			if a = a.Unmap().WithZone(""); !slices.Contains(addresses, a) {
+				addresses = append(addresses, a)
+			}
 		}
 	}
 	var ports []NamedPort

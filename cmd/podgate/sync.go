@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -82,6 +83,11 @@ What is enforced stays when this process ends, however it ends.`,
 	return cmd
 }
 
+// garbagePercent is how much garbage the daemon may have, in percent of what it
+// keeps: it runs on every node and keeps something of every pod of the cluster.
+// GOGC in the environment overrides it.
+const garbagePercent = 25
+
 // capacityFlags are those of the commands that make an instance. An instance
 // that exists keeps the capacity it has.
 func capacityFlags(flags *pflag.FlagSet, c *pinning.Capacity) {
@@ -110,6 +116,9 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	logger := a.logger()
 	if err := f.origin.complete(a.Getenv); err != nil {
 		return err
+	}
+	if a.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbagePercent)
 	}
 	run, err := status.Acquire(a.runDirectory())
 	if err != nil {

@@ -101,8 +101,8 @@ func (s *Source) reference(key manifest.Key) *corev1.ObjectReference {
 		if f.kind != manifest.KindPod {
 			continue
 		}
-		for k, i := range f.items {
-			if here = here || k.Namespace == namespace && i.object.Node == s.opts.Node; here {
+		for k := range f.items {
+			if here = here || k.Namespace == namespace; here {
 				break
 			}
 		}

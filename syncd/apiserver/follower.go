@@ -5,6 +5,7 @@ package apiserver
 
 import (
 	"fmt"
+	"hash/maphash"
 	"reflect"
 
 	"k8s.io/apimachinery/pkg/api/meta"
@@ -23,30 +24,48 @@ type follower struct {
 	*contact
 	source *Source
 
-	// Under the source's lock: the objects, those with a fault, and whether all
-	// are there.
+	// Under the source's lock: what was delivered, what of some objects was not
+	// understood, and whether all are there.
 	items  map[manifest.Key]item
-	faulty map[manifest.Key]struct{}
+	pods   map[podName]uint64 // digests
+	faults map[manifest.Key]string
 	synced bool
+
+	// Only the reflector translates, one object after the other.
+	templates templates
+	seed      maphash.Seed
+	blank     metav1.ObjectMeta
 }
 
-// item is what is left of an object.
+// item is an object that was delivered, to tell whether the next one differs.
+// Of pods, of which there may be hundreds of thousands, a digest does, but that
+// those of this node are here, without their content, so that events can name
+// them.
 type item struct {
-	object manifest.Object
+	object *manifest.Object
 	uid    types.UID
-	// fault says what of the object was not understood.
-	fault string
 }
 
-// translated is an item on its way through a reflector, which wants to know the
-// object's name.
+// podName is the key of a pod.
+type podName struct{ namespace, name string }
+
+// translated is an object on its way through a reflector, which wants to know the
+// object's name and nothing else. At first it has all of them at once.
 type translated struct {
-	metav1.ObjectMeta
-	item
-	key manifest.Key
+	metav1.Object // empty, and shared
+	object        manifest.Object
+	uid           types.UID
+	fault         string
+	key           manifest.Key
 	// relevant is false for objects that policy needs nothing of.
 	relevant bool
 }
+
+// GetNamespace is that of the object.
+func (t *translated) GetNamespace() string { return t.key.Namespace }
+
+// GetName is that of the object.
+func (t *translated) GetName() string { return t.key.Name }
 
 var _ cache.TransformingStore = (*follower)(nil)
 
@@ -55,7 +74,10 @@ func (s *Source) follow(r resource) (*follower, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &follower{resource: r, source: s, items: make(map[manifest.Key]item), faulty: make(map[manifest.Key]struct{})}
+	f := &follower{
+		resource: r, source: s, items: make(map[manifest.Key]item), pods: make(map[podName]uint64), faults: make(map[manifest.Key]string),
+		templates: make(templates), seed: maphash.MakeSeed(),
+	}
 	f.contact = &contact{ListerWatcherWithContext: lw, changed: s.notify}
 	return f, nil
 }
@@ -135,6 +157,12 @@ func (f *follower) Replace(list []any, _ string) error {
 			f.remove(key)
 		}
 	}
+	for name := range f.pods {
+		key := manifest.Key{Kind: f.kind, Namespace: name.namespace, Name: name.name}
+		if _, ok := there[key]; !ok {
+			f.remove(key)
+		}
+	}
 	f.synced = true
 	f.source.notify()
 	return nil
@@ -149,26 +177,49 @@ func (f *follower) set(t *translated) {
 		f.remove(t.key)
 		return
 	}
-	if old, ok := f.items[t.key]; ok && reflect.DeepEqual(old, t.item) {
+	fault, faulty := f.faults[t.key]
+	if t.object.Pod != nil {
+		name, digest := podName{t.key.Namespace, t.key.Name}, f.digest(t)
+		if old, ok := f.pods[name]; ok && old == digest {
+			return
+		}
+		// The key in the map shares the memory of the object that is delivered.
+		delete(f.pods, name)
+		f.pods[name] = digest
+		if delete(f.items, t.key); t.object.Node == f.source.opts.Node {
+			f.items[t.key] = item{uid: t.uid}
+		}
+	} else {
+		old, ok := f.items[t.key]
+		if ok && old.uid == t.uid && fault == t.fault && reflect.DeepEqual(*old.object, t.object) {
+			return
+		}
+		object := t.object // without the rest of t
+		f.items[t.key] = item{&object, t.uid}
+	}
+	if faulty {
+		delete(f.faults, t.key)
+	}
+	if t.fault != "" {
+		f.faults[t.key] = t.fault
+	}
+	f.touch(t.key, &t.object)
+}
+
+func (f *follower) remove(key manifest.Key) {
+	name := podName{key.Namespace, key.Name}
+	_, isPod := f.pods[name]
+	if _, ok := f.items[key]; !ok && !isPod {
 		return
 	}
-	f.items[t.key] = t.item
-	if delete(f.faulty, t.key); t.fault != "" {
-		f.faulty[t.key] = struct{}{}
-	}
-	f.touch(t.key)
+	delete(f.items, key)
+	delete(f.pods, name)
+	delete(f.faults, key)
+	f.touch(key, nil)
 }
 
-// remove runs under the source's lock.
-func (f *follower) remove(key manifest.Key) {
-	if _, ok := f.items[key]; ok {
-		delete(f.items, key)
-		delete(f.faulty, key)
-		f.touch(key)
-	}
-}
-
-func (f *follower) touch(key manifest.Key) {
-	f.source.touched[key] = struct{}{}
+// touch has an object delivered; nil is gone.
+func (f *follower) touch(key manifest.Key, o *manifest.Object) {
+	f.source.touched[key] = o
 	f.source.notify()
 }

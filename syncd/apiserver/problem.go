@@ -28,8 +28,8 @@ func (s *Source) problems(now time.Time) []source.Problem {
 				Reason:  fmt.Sprintf("there is no Node %s: no pod is one of this node; see --node-name", s.opts.Node),
 			})
 		}
-		for _, key := range slices.SortedFunc(maps.Keys(f.faulty), manifest.Key.Compare) {
-			out = append(out, source.Problem{Subject: key.String(), Object: key, Reason: f.items[key].fault + consequence(f.kind)})
+		for _, key := range slices.SortedFunc(maps.Keys(f.faults), manifest.Key.Compare) {
+			out = append(out, source.Problem{Subject: key.String(), Object: key, Reason: f.faults[key] + consequence(f.kind)})
 		}
 	}
 	return out

@@ -49,8 +49,8 @@ type Source struct {
 	changed   chan struct{}
 
 	mu sync.Mutex
-	// touched are the objects that may differ from what was delivered.
-	touched map[manifest.Key]struct{}
+	// touched are the objects that differ from what was delivered; nil is gone.
+	touched map[manifest.Key]*manifest.Object
 	// recorder writes events while Run runs.
 	recorder record.EventRecorder
 }
@@ -70,7 +70,7 @@ func New(opts Options) (*Source, error) {
 		opts:    opts,
 		clients: clients,
 		changed: make(chan struct{}, 1),
-		touched: make(map[manifest.Key]struct{}),
+		touched: make(map[manifest.Key]*manifest.Object),
 	}
 	for _, r := range resources(&opts) {
 		f, err := s.follow(r)
@@ -191,18 +191,19 @@ func (s *Source) take() source.Batch {
 			batch.Pending = append(batch.Pending, f.kind)
 		}
 	}
-	for key := range s.touched {
-		f := kinds[key.Kind]
-		if f == nil {
-			continue
-		}
-		delete(s.touched, key)
-		if item, ok := f.items[key]; ok {
-			batch.Set = append(batch.Set, item.object)
-		} else {
+	// A map that was emptied would keep the room for as many as it ever had.
+	waiting := make(map[manifest.Key]*manifest.Object)
+	for key, o := range s.touched {
+		switch {
+		case kinds[key.Kind] == nil:
+			waiting[key] = o
+		case o != nil:
+			batch.Set = append(batch.Set, *o)
+		default:
 			batch.Gone = append(batch.Gone, key)
 		}
 	}
+	s.touched = waiting
 	slices.SortFunc(batch.Set, func(a, b manifest.Object) int { return a.Compare(b.Key) })
 	slices.SortFunc(batch.Gone, manifest.Key.Compare)
 	batch.Problems = s.problems(time.Now())

@@ -9,7 +9,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
 
@@ -22,11 +21,7 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &translated{
-		ObjectMeta: metav1.ObjectMeta{Namespace: name.GetNamespace(), Name: name.GetName()},
-		key:        f.key(name),
-	}
-	t.uid = name.GetUID()
+	t := &translated{Object: &f.blank, key: f.key(name), uid: name.GetUID()}
 	if node, ok := obj.(*corev1.Node); ok {
 		t.object, t.relevant = manifest.NodeOf(node), true
 		return t, nil
@@ -43,6 +38,10 @@ func (f *follower) translate(obj runtime.Object) (*translated, error) {
 		object.Workload = manifest.Workload{} // policy has no use for it, and there are many
 	}
 	t.object, t.relevant = object, f.source.relevant(&object)
+	if t.relevant {
+		f.share(&t.object)
+		t.key = t.object.Key
+	}
 	return t, nil
 }
 

@@ -11,7 +11,6 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
-	"time"
 
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/pinning"
@@ -19,10 +18,11 @@ import (
 	"github.com/podgate/podgate/syncd/source"
 )
 
-// candidate is a pod with all the addresses it says it has.
+// candidate is a pod with all the addresses it says it has. The pod may be the
+// object's own.
 type candidate struct {
-	policy.Pod
-	created time.Time
+	*policy.Pod
+	created int64
 	// latest is the number of its endpoint attached last; 0 without any.
 	latest uint32
 	// ignored says that the pod asks for audit mode in vain.
@@ -30,7 +30,7 @@ type candidate struct {
 }
 
 func (a *candidate) equal(b *candidate) bool {
-	return samePod(a.Pod, b.Pod) && a.created.Equal(b.created) && a.latest == b.latest && a.ignored == b.ignored
+	return samePod(a.Pod, b.Pod) && a.created == b.created && a.latest == b.latest && a.ignored == b.ignored
 }
 
 // contest is an address that several pods claim. Losers do not get it.
@@ -42,10 +42,12 @@ type contest struct {
 // candidates are all pods there may be.
 type candidates struct {
 	pods        map[policy.PodKey]*candidate
-	byNamespace map[string]map[policy.PodKey]struct{}
-	claims      map[netip.Addr][]policy.PodKey
-	contests    map[netip.Addr]*contest
-	ignored     map[policy.PodKey]struct{}
+	inNamespace map[string]int
+	// holders are who claims an address alone, rivals who do with others.
+	holders  map[netip.Addr]policy.PodKey
+	rivals   map[netip.Addr][]policy.PodKey
+	contests map[netip.Addr]*contest
+	ignored  map[policy.PodKey]struct{}
 	// audited namespaces.
 	audited map[string]bool
 }
@@ -53,8 +55,9 @@ type candidates struct {
 func newCandidates() candidates {
 	return candidates{
 		pods:        make(map[policy.PodKey]*candidate),
-		byNamespace: make(map[string]map[policy.PodKey]struct{}),
-		claims:      make(map[netip.Addr][]policy.PodKey),
+		inNamespace: make(map[string]int),
+		holders:     make(map[netip.Addr]policy.PodKey),
+		rivals:      make(map[netip.Addr][]policy.PodKey),
 		contests:    make(map[netip.Addr]*contest),
 		ignored:     make(map[policy.PodKey]struct{}),
 		audited:     make(map[string]bool),
@@ -72,15 +75,18 @@ func (i *Inventory) namespacesChanged(dirty map[policy.PodKey]struct{}) map[stri
 			continue
 		}
 		out[key.Name] = struct{}{}
-		audit := i.objects[key].Audit
+		o := i.objects[key]
+		audit := o != nil && o.Audit
 		if audit == i.candidates.audited[key.Name] {
 			continue
 		}
 		if delete(i.candidates.audited, key.Name); audit {
 			i.candidates.audited[key.Name] = true
 		}
-		for pod := range i.candidates.byNamespace[key.Name] {
-			dirty[pod] = struct{}{}
+		for pod, c := range i.candidates.pods {
+			if c.Namespace == key.Name {
+				dirty[pod] = struct{}{}
+			}
 		}
 	}
 	return out
@@ -91,7 +97,7 @@ func (i *Inventory) namespace(name string) (policy.Namespace, bool) {
 	if o, ok := i.objects[manifest.Key{Kind: manifest.KindNamespace, Name: name}]; ok {
 		return *o.Namespace, true
 	}
-	return manifest.NamespaceOf(name, nil), len(i.candidates.byNamespace[name]) > 0
+	return manifest.NamespaceOf(name, nil), i.candidates.inNamespace[name] > 0
 }
 
 // propose brings the candidates of some keys up to date. It answers the pods
@@ -118,17 +124,15 @@ func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[stri
 
 func (c *candidates) add(p *candidate, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
 	c.pods[p.Key] = p
-	if c.byNamespace[p.Namespace] == nil {
-		c.byNamespace[p.Namespace] = make(map[policy.PodKey]struct{})
+	if c.inNamespace[p.Namespace]++; c.inNamespace[p.Namespace] == 1 {
 		namespaces[p.Namespace] = struct{}{}
 	}
-	c.byNamespace[p.Namespace][p.Key] = struct{}{}
 	if p.ignored {
 		c.ignored[p.Key] = struct{}{}
 	}
 	if !p.HostNetwork {
 		for _, a := range p.Addresses {
-			c.claims[a] = append(c.claims[a], p.Key)
+			c.claim(a, p.Key)
 			touched[a] = struct{}{}
 		}
 	}
@@ -137,18 +141,42 @@ func (c *candidates) add(p *candidate, touched map[netip.Addr]struct{}, namespac
 func (c *candidates) remove(p *candidate, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
 	delete(c.pods, p.Key)
 	delete(c.ignored, p.Key)
-	if delete(c.byNamespace[p.Namespace], p.Key); len(c.byNamespace[p.Namespace]) == 0 {
-		delete(c.byNamespace, p.Namespace)
+	if c.inNamespace[p.Namespace]--; c.inNamespace[p.Namespace] == 0 {
+		delete(c.inNamespace, p.Namespace)
 		namespaces[p.Namespace] = struct{}{}
 	}
 	if !p.HostNetwork {
 		for _, a := range p.Addresses {
-			c.claims[a] = slices.DeleteFunc(c.claims[a], func(k policy.PodKey) bool { return k == p.Key })
-			if len(c.claims[a]) == 0 {
-				delete(c.claims, a)
-			}
+			c.disclaim(a, p.Key)
 			touched[a] = struct{}{}
 		}
+	}
+}
+
+func (c *candidates) claim(a netip.Addr, key policy.PodKey) {
+	holder, held := c.holders[a]
+	switch {
+	case len(c.rivals[a]) > 0:
+		c.rivals[a] = append(c.rivals[a], key)
+	case held:
+		c.rivals[a] = []policy.PodKey{holder, key}
+		delete(c.holders, a)
+	default:
+		c.holders[a] = key
+	}
+}
+
+func (c *candidates) disclaim(a netip.Addr, key policy.PodKey) {
+	if c.holders[a] == key {
+		delete(c.holders, a)
+		return
+	}
+	rest := slices.DeleteFunc(c.rivals[a], func(k policy.PodKey) bool { return k == key })
+	if c.rivals[a] = rest; len(rest) == 1 {
+		c.holders[a] = rest[0]
+	}
+	if len(rest) < 2 {
+		delete(c.rivals, a)
 	}
 }
 
@@ -156,46 +184,50 @@ func (c *candidates) remove(p *candidate, touched map[netip.Addr]struct{}, names
 func (i *Inventory) candidate(key policy.PodKey) *candidate {
 	mine := i.attached[key]
 	o, listed := i.object(key)
-	out := &candidate{created: o.Created}
+	out := &candidate{}
+	local := true
 	switch {
 	case listed:
-		out.Pod = *o.Pod
-		out.Local = len(mine) > 0 || i.opts.AllLocal || i.expected(o)
-		if len(mine) > 0 {
-			// The node knows better than a status that may be old.
-			out.Addresses = routable(mine)
-		}
+		out.Pod, out.created = o.Pod, o.created
+		local = len(mine) > 0 || i.opts.AllLocal || i.expected(o)
 	case len(mine) > 0:
 		out.Pod = unlisted(key, mine)
 	default:
 		return nil
 	}
-	if len(mine) > 0 {
-		out.latest = mine[len(mine)-1].ID
-	}
 	audited := i.candidates.audited[out.Namespace]
-	out.ignored = out.Local && out.Audit && !i.opts.AuditPods && !audited
-	out.Audit = out.Audit && i.opts.AuditPods || audited
+	audit := out.Audit && i.opts.AuditPods || audited
+	out.ignored = local && out.Audit && !i.opts.AuditPods && !audited
+	if local != out.Local || audit != out.Audit || len(mine) > 0 {
+		pod := *out.Pod
+		pod.Local, pod.Audit = local, audit
+		if len(mine) > 0 {
+			// The node knows better than a status that may be old.
+			pod.Addresses = routable(mine)
+			out.latest = mine[len(mine)-1].ID
+		}
+		out.Pod = &pod
+	}
 	return out
 }
 
 // expected says that a pod without an endpoint may get one here, so that its
 // rulesets must be there before. One that has ended gets none any more: a node
 // may be left with thousands of those.
-func (i *Inventory) expected(o manifest.Object) bool {
-	if o.Ended {
+func (i *Inventory) expected(o *listing) bool {
+	if o.ended {
 		return false
 	}
-	if o.Node != "" || !i.opts.Unlisted {
-		return o.Node == i.opts.Node
+	if o.node != "" || !i.opts.Unlisted {
+		return o.node == i.opts.Node
 	}
-	return len(o.Pod.Addresses) == 0
+	return len(o.Addresses) == 0
 }
 
 // unlisted is the pod that endpoints belong to and no object describes.
-func unlisted(key policy.PodKey, endpoints []pinning.Endpoint) policy.Pod {
+func unlisted(key policy.PodKey, endpoints []pinning.Endpoint) *policy.Pod {
 	first := &endpoints[0]
-	return policy.Pod{
+	return &policy.Pod{
 		Key:       key,
 		UID:       first.PodUID,
 		Namespace: namespaceOf(first),
@@ -235,12 +267,12 @@ func (i *Inventory) settle(pods map[policy.PodKey]struct{}, touched map[netip.Ad
 // it, of those that are not terminating; where it is not said when they were
 // made, the compiler chooses.
 func (c *candidates) contest(a netip.Addr) *contest {
-	if len(c.claims[a]) < 2 {
+	if len(c.rivals[a]) < 2 {
 		return nil
 	}
-	out := &contest{rivals: slices.SortedFunc(slices.Values(c.claims[a]), func(x, y policy.PodKey) int {
+	out := &contest{rivals: slices.SortedFunc(slices.Values(c.rivals[a]), func(x, y policy.PodKey) int {
 		p, q := c.pods[x], c.pods[y]
-		return cmp.Or(cmp.Compare(q.latest, p.latest), compareBool(p.Terminating, q.Terminating), q.created.Compare(p.created),
+		return cmp.Or(cmp.Compare(q.latest, p.latest), compareBool(p.Terminating, q.Terminating), cmp.Compare(q.created, p.created),
 			cmp.Compare(p.Namespace, q.Namespace), cmp.Compare(p.Name, q.Name), cmp.Compare(x, y))
 	})}
 	first := c.pods[out.rivals[0]]
@@ -249,11 +281,11 @@ func (c *candidates) contest(a netip.Addr) *contest {
 		pod := c.pods[key]
 		if local == (pod.latest > 0) && !pod.Terminating && !first.Terminating {
 			out.problems = append(out.problems, source.Problem{
-				Subject: objectKey(&pod.Pod).String(), Object: objectKey(&pod.Pod),
-				Reason: fmt.Sprintf("its address %v is also that of %v", a, objectKey(&first.Pod)),
+				Subject: objectKey(pod.Pod).String(), Object: objectKey(pod.Pod),
+				Reason: fmt.Sprintf("its address %v is also that of %v", a, objectKey(first.Pod)),
 			})
 		}
-		if local || !pod.created.IsZero() {
+		if local || pod.created != 0 {
 			out.losers = append(out.losers, key)
 		}
 	}
@@ -261,26 +293,27 @@ func (c *candidates) contest(a netip.Addr) *contest {
 }
 
 // settled is a pod with the addresses that are left to it.
-func (c *candidates) settled(key policy.PodKey) (policy.Pod, bool) {
+func (c *candidates) settled(key policy.PodKey) (*policy.Pod, bool) {
 	p := c.pods[key]
 	if p == nil {
-		return policy.Pod{}, false
+		return nil, false
 	}
-	pod := p.Pod
 	lost := func(a netip.Addr) bool {
 		one := c.contests[a]
 		return one != nil && slices.Contains(one.losers, key)
 	}
-	if !pod.HostNetwork && slices.ContainsFunc(pod.Addresses, lost) {
-		pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), lost)
+	if p.HostNetwork || !slices.ContainsFunc(p.Addresses, lost) {
+		return p.Pod, true
 	}
-	return pod, true
+	pod := *p.Pod
+	pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), lost)
+	return &pod, true
 }
 
 // problems are those of all candidates, in a stable order.
 func (c *candidates) problems() (out []source.Problem) {
 	for _, key := range slices.Sorted(maps.Keys(c.ignored)) {
-		object := objectKey(&c.pods[key].Pod)
+		object := objectKey(c.pods[key].Pod)
 		out = append(out, source.Problem{
 			Subject: object.String(), Object: object,
 			Reason: "annotation " + manifest.AnnotationAudit + " has no effect on a Pod without --audit-pods, only on its Namespace",

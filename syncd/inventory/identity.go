@@ -23,85 +23,134 @@ import (
 // a pod can write: it must not make one pod pass for another. Such a copy goes
 // by its name, and is found when it is attached.
 type identities struct {
-	// asked are the objects that ask for a key, wants the key each asks for.
-	asked map[policy.PodKey]map[manifest.Key]struct{}
-	wants map[manifest.Key]policy.PodKey
-	// objects by the key they have got, and the other way round.
-	objects map[policy.PodKey]manifest.Key
-	keys    map[manifest.Key]policy.PodKey
+	// alone are the objects that are the only ones to ask for a key, rivals
+	// those that are not.
+	alone  map[policy.PodKey]*listing
+	rivals map[policy.PodKey]map[podName]struct{}
+	// objects by the key they have got.
+	objects map[policy.PodKey]*listing
+	// renamed have got another key than they asked for.
+	renamed map[podName]policy.PodKey
 }
 
 func newIdentities() identities {
 	return identities{
-		asked:   make(map[policy.PodKey]map[manifest.Key]struct{}),
-		wants:   make(map[manifest.Key]policy.PodKey),
-		objects: make(map[policy.PodKey]manifest.Key),
-		keys:    make(map[manifest.Key]policy.PodKey),
+		alone:   make(map[policy.PodKey]*listing),
+		rivals:  make(map[policy.PodKey]map[podName]struct{}),
+		objects: make(map[policy.PodKey]*listing),
+		renamed: make(map[podName]policy.PodKey),
 	}
+}
+
+// ask notes that an object asks for its key.
+func (ids *identities) ask(o *listing) {
+	want := o.Key
+	first := ids.alone[want]
+	switch {
+	case ids.rivals[want] != nil:
+		ids.rivals[want][o.name()] = struct{}{}
+	case first != nil && first.name() != o.name():
+		ids.rivals[want] = map[podName]struct{}{first.name(): {}, o.name(): {}}
+		delete(ids.alone, want)
+	default:
+		ids.alone[want] = o
+	}
+}
+
+// withdraw notes that an object does not ask for a key any more. The one that
+// is left may have changed as well, and be noted later.
+func (i *Inventory) withdraw(want policy.PodKey, name podName) {
+	ids := &i.identities
+	if first := ids.alone[want]; first != nil && first.name() == name {
+		delete(ids.alone, want)
+		return
+	}
+	rivals := ids.rivals[want]
+	delete(rivals, name)
+	if len(rivals) != 1 {
+		return
+	}
+	delete(ids.rivals, want)
+	for last := range rivals {
+		if o := cmp.Or(i.relisted[last], i.listed[last]); o != nil {
+			ids.alone[want] = o
+		}
+	}
+}
+
+// asking adds the objects that ask for a key.
+func (ids *identities) asking(want policy.PodKey, to map[podName]struct{}) {
+	maps.Copy(to, ids.rivals[want])
+	if first := ids.alone[want]; first != nil {
+		to[first.name()] = struct{}{}
+	}
+}
+
+// got is the key that an object has got.
+func (ids *identities) got(o *listing) policy.PodKey {
+	if renamed, ok := ids.renamed[o.name()]; ok {
+		return renamed
+	}
+	return o.Key
 }
 
 // identify brings the identities up to date and answers the keys whose pod may
 // differ.
 func (i *Inventory) identify() (dirty map[policy.PodKey]struct{}) {
 	ids := &i.identities
-	affected := make(map[manifest.Key]struct{})
-	for key := range i.changed {
-		if key.Kind != manifest.KindPod {
-			continue
+	affected := make(map[podName]struct{})
+	for name, was := range i.relisted {
+		affected[name] = struct{}{}
+		if was != nil {
+			i.withdraw(was.Key, name)
+			ids.asking(was.Key, affected)
 		}
-		affected[key] = struct{}{}
-		if want, ok := ids.wants[key]; ok {
-			delete(ids.asked[want], key)
-			maps.Copy(affected, ids.asked[want])
-			if len(ids.asked[want]) == 0 {
-				delete(ids.asked, want)
-			}
-			delete(ids.wants, key)
-		}
-		if o, ok := i.objects[key]; ok {
-			want := o.Pod.Key
-			if ids.asked[want] == nil {
-				ids.asked[want] = make(map[manifest.Key]struct{}, 1)
-			}
-			ids.asked[want][key] = struct{}{}
-			ids.wants[key] = want
-			maps.Copy(affected, ids.asked[want])
+		if o := i.listed[name]; o != nil {
+			ids.ask(o)
+			ids.asking(o.Key, affected)
 		}
 	}
 	dirty = make(map[policy.PodKey]struct{}, len(affected))
-	for key := range affected {
-		if had, ok := ids.keys[key]; ok {
-			dirty[had] = struct{}{}
-			delete(ids.keys, key)
-			delete(ids.objects, had)
+	for name := range affected {
+		was, changed := i.relisted[name]
+		if !changed {
+			was = i.listed[name]
 		}
-	}
-	for key := range affected {
-		o, ok := i.objects[key]
-		if !ok {
+		if was == nil {
 			continue
 		}
-		gets := o.Pod.Key
-		if o.Mirror && len(ids.asked[gets]) > 1 {
-			gets = manifest.PodKey("", o.Pod.Namespace, o.Pod.Name)
+		had := ids.got(was)
+		dirty[had] = struct{}{}
+		delete(ids.renamed, name)
+		delete(ids.objects, had)
+	}
+	for name := range affected {
+		o := i.listed[name]
+		if o == nil {
+			continue
 		}
-		ids.keys[key], ids.objects[gets] = gets, key
+		gets := o.Key
+		if o.mirror && len(ids.rivals[gets]) > 1 {
+			gets = manifest.PodKey("", o.Namespace, o.Name)
+			ids.renamed[name] = gets
+		}
+		ids.objects[gets] = o
 		dirty[gets] = struct{}{}
 	}
 	return dirty
 }
 
 // object is the pod object that goes by a key.
-func (i *Inventory) object(key policy.PodKey) (manifest.Object, bool) {
-	name, ok := i.identities.objects[key]
-	if !ok {
-		return manifest.Object{}, false
+func (i *Inventory) object(key policy.PodKey) (*listing, bool) {
+	o := i.identities.objects[key]
+	if o == nil {
+		return nil, false
 	}
-	o := i.objects[name]
-	if o.Pod.Key != key {
-		pod := *o.Pod
+	if o.Key != key {
+		renamed, pod := *o, *o.Pod
 		pod.Key, pod.UID = key, ""
-		o.Pod = &pod
+		renamed.Pod = &pod
+		o = &renamed
 	}
 	return o, true
 }
@@ -128,12 +177,13 @@ func (i *Inventory) attach(dirty map[policy.PodKey]struct{}) {
 func (i *Inventory) find(ep *pinning.Endpoint) (policy.PodKey, bool) {
 	if ep.PodUID != "" {
 		o, ok := i.object(policy.PodKey(ep.PodUID))
-		if ok && (i.opts.Unlisted || ep.PodName == "" || o.Pod.Name == ep.PodName && o.Pod.Namespace == namespaceOf(ep)) {
-			return o.Pod.Key, true
+		if ok && (i.opts.Unlisted || ep.PodName == "" || o.Name == ep.PodName && o.Namespace == namespaceOf(ep)) {
+			return o.Key, true
 		}
 	}
-	if key, ok := i.identities.keys[manifest.Key{Kind: manifest.KindPod, Namespace: namespaceOf(ep), Name: ep.PodName}]; ok {
-		if o, _ := i.object(key); i.opts.Unlisted || o.Pod.UID == "" || ep.PodUID == "" {
+	if named := i.listed[podName{namespaceOf(ep), ep.PodName}]; named != nil {
+		key := i.identities.got(named)
+		if o, ok := i.object(key); ok && (i.opts.Unlisted || o.UID == "" || ep.PodUID == "") {
 			return key, true
 		}
 	}

@@ -43,9 +43,14 @@ type Options struct {
 //
 // An update costs what changed since the one before, and the endpoints.
 type Inventory struct {
-	opts      Options
-	objects   map[manifest.Key]manifest.Object
-	changed   map[manifest.Key]struct{} // since the last Update
+	opts Options
+	// listed are the Pods, objects all others.
+	listed  map[podName]*listing
+	objects map[manifest.Key]*manifest.Object
+	// What has changed since the last Update, and what it was then; nil is
+	// nothing.
+	relisted  map[podName]*listing
+	changed   map[manifest.Key]*manifest.Object
 	endpoints []pinning.Endpoint
 
 	// What follows from them, as of the last Update.
@@ -57,7 +62,7 @@ type Inventory struct {
 	policies   map[string]*policy.Policy
 	origins    map[string]manifest.Key // of the policies
 	namespaces map[string]policy.Namespace
-	pods       map[policy.PodKey]policy.Pod
+	pods       map[policy.PodKey]*policy.Pod
 	bindings   map[pinning.AttachmentKey]policy.PodKey
 	// refused are the policies and pods the compiler did not take.
 	refused map[manifest.Key]error
@@ -67,32 +72,75 @@ type Inventory struct {
 func New(opts Options) *Inventory {
 	return &Inventory{
 		opts:       opts,
-		objects:    make(map[manifest.Key]manifest.Object),
-		changed:    make(map[manifest.Key]struct{}),
+		listed:     make(map[podName]*listing),
+		objects:    make(map[manifest.Key]*manifest.Object),
+		relisted:   make(map[podName]*listing),
+		changed:    make(map[manifest.Key]*manifest.Object),
 		identities: newIdentities(),
 		candidates: newCandidates(),
 		policies:   make(map[string]*policy.Policy),
 		origins:    make(map[string]manifest.Key),
 		namespaces: make(map[string]policy.Namespace),
-		pods:       make(map[policy.PodKey]policy.Pod),
+		pods:       make(map[policy.PodKey]*policy.Pod),
 		bindings:   make(map[pinning.AttachmentKey]policy.PodKey),
 		refused:    make(map[manifest.Key]error),
 	}
 }
 
-// Apply takes a batch of a source.
+// listing is what there is to know of a Pod: there may be hundreds of thousands.
+type listing struct {
+	*policy.Pod
+	node string
+	// created in ns since 1970; 0 if not said.
+	created       int64
+	mirror, ended bool
+}
+
+// podName is the key of a Pod.
+type podName struct{ namespace, name string }
+
+func (l *listing) name() podName { return podName{l.Namespace, l.Name} }
+
+func list(o *manifest.Object) *listing {
+	l := &listing{Pod: o.Pod, node: o.Node, mirror: o.Mirror, ended: o.Ended}
+	if !o.Created.IsZero() {
+		l.created = o.Created.UnixNano()
+	}
+	return l
+}
+
+// Apply takes a batch of a source. It keeps what the objects refer to.
 func (i *Inventory) Apply(b source.Batch) {
 	for _, k := range b.Gone {
-		if _, ok := i.objects[k]; ok {
+		name := podName{k.Namespace, k.Name}
+		switch {
+		case k.Kind == manifest.KindPod && i.listed[name] != nil:
+			remember(i.relisted, i.listed, name)
+			delete(i.listed, name)
+		case i.objects[k] != nil:
+			remember(i.changed, i.objects, k)
 			delete(i.objects, k)
-			i.changed[k] = struct{}{}
 		}
 	}
 	for _, o := range b.Set {
-		if o.Policy != nil || o.Pod != nil || o.Namespace != nil {
-			i.objects[o.Key] = o
-			i.changed[o.Key] = struct{}{}
+		switch {
+		case o.Pod != nil:
+			l := list(&o)
+			remember(i.relisted, i.listed, l.name())
+			// The key shares the memory of the pod.
+			delete(i.listed, l.name())
+			i.listed[l.name()] = l
+		case o.Policy != nil || o.Namespace != nil:
+			remember(i.changed, i.objects, o.Key)
+			i.objects[o.Key] = &o
 		}
+	}
+}
+
+// remember keeps what was at the last Update.
+func remember[K comparable, V any](changed, now map[K]*V, k K) {
+	if _, again := changed[k]; !again {
+		changed[k] = now[k]
 	}
 }
 
@@ -125,13 +173,13 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 		if old, had := i.pods[key]; had && !i.candidates.has(key) {
 			c.DeletePod(key)
 			delete(i.pods, key)
-			delete(i.refused, objectKey(&old))
+			delete(i.refused, objectKey(old))
 		}
 	}
 	for key := range pods {
 		pod, ok := i.candidates.settled(key)
 		if old, had := i.pods[key]; ok && (!had || !samePod(old, pod)) {
-			i.note(objectKey(&pod), c.SetPod(pod))
+			i.note(objectKey(pod), c.SetPod(*pod))
 			i.pods[key] = pod
 		}
 	}
@@ -139,7 +187,8 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 		c.DeleteNamespace(name)
 		delete(i.namespaces, name)
 	}
-	clear(i.changed)
+	// A map that was cleared keeps the room for as many as it ever had.
+	i.relisted, i.changed = make(map[podName]*listing), make(map[manifest.Key]*manifest.Object)
 	return i.problems()
 }
 
@@ -156,14 +205,19 @@ func (i *Inventory) updatePolicies(c *policy.Compiler) {
 			i.origins[p.UID] = key
 		}
 	}
-	for uid, key := range i.origins {
-		if o, ok := i.objects[key]; ok && o.Policy != nil && o.Policy.UID == uid {
+	for key, was := range i.changed {
+		if was == nil || was.Policy == nil || i.origins[was.Policy.UID] != key {
+			continue
+		}
+		uid := was.Policy.UID
+		o, ok := i.objects[key]
+		if ok && o.Policy != nil && o.Policy.UID == uid {
 			continue
 		}
 		c.DeletePolicy(uid)
 		delete(i.policies, uid)
 		delete(i.origins, uid)
-		if _, ok := i.objects[key]; !ok {
+		if !ok {
 			delete(i.refused, key)
 		}
 	}
@@ -189,8 +243,8 @@ func objectKey(p *policy.Pod) manifest.Key {
 	return manifest.Key{Kind: manifest.KindPod, Namespace: p.Namespace, Name: p.Name}
 }
 
-func samePod(a, b policy.Pod) bool {
-	return a.UID == b.UID && a.Namespace == b.Namespace && a.Name == b.Name &&
+func samePod(a, b *policy.Pod) bool {
+	return a == b || a.UID == b.UID && a.Namespace == b.Namespace && a.Name == b.Name &&
 		maps.Equal(a.Labels, b.Labels) && slices.Equal(a.Addresses, b.Addresses) && slices.Equal(a.Ports, b.Ports) &&
 		a.HostNetwork == b.HostNetwork && a.Terminating == b.Terminating && a.Local == b.Local && a.Audit == b.Audit
 }
@@ -201,9 +255,14 @@ func (i *Inventory) Bindings() map[pinning.AttachmentKey]policy.PodKey { return 
 
 // Pods answers all pods as of the last Update, by namespace and name.
 func (i *Inventory) Pods() []policy.Pod {
-	return slices.SortedFunc(maps.Values(i.pods), func(a, b policy.Pod) int {
+	pods := make([]policy.Pod, 0, len(i.pods))
+	for _, p := range i.pods {
+		pods = append(pods, *p)
+	}
+	slices.SortFunc(pods, func(a, b policy.Pod) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Key, b.Key))
 	})
+	return pods
 }
 
 // Policy answers the object of the policy that the compiler knows by a UID.

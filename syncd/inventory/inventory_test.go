@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/pinning"
@@ -317,7 +318,7 @@ func TestUpdateIncrementally(t *testing.T) {
 		inv.Update(compiler)
 
 		fresh, freshCompiler := New(opts), policy.NewCompiler()
-		fresh.Apply(source.Batch{Set: slices.Collect(maps.Values(inv.objects))})
+		fresh.Apply(source.Batch{Set: contents(inv)})
 		fresh.SetEndpoints(s.endpoints)
 		fresh.Update(freshCompiler)
 
@@ -344,11 +345,11 @@ func TestUpdateRandomly(t *testing.T) {
 			problems := inv.Update(compiler)
 
 			fresh, freshCompiler := New(opts), policy.NewCompiler()
-			fresh.Apply(source.Batch{Set: slices.Collect(maps.Values(inv.objects))})
+			fresh.Apply(source.Batch{Set: contents(inv)})
 			fresh.SetEndpoints(inv.endpoints)
 			freshProblems := fresh.Update(freshCompiler)
 
-			if got, want := inv.Pods(), fresh.Pods(); !slices.EqualFunc(got, want, samePod) {
+			if got, want := inv.Pods(), fresh.Pods(); !slices.EqualFunc(got, want, func(a, b policy.Pod) bool { return samePod(&a, &b) }) {
 				t.Fatalf("seed %d, step %d: pods\n%v, want\n%v", seed, step, got, want)
 			}
 			if !maps.Equal(inv.Bindings(), fresh.Bindings()) || !slices.Equal(problems, freshProblems) {
@@ -454,5 +455,23 @@ func summary(u policy.Update) (out []string) {
 		out = append(out, fmt.Sprintf("cell %+v", c))
 	}
 	slices.Sort(out)
+	return out
+}
+
+// contents are the objects of an inventory.
+func contents(i *Inventory) (out []manifest.Object) {
+	for _, o := range i.objects {
+		out = append(out, *o)
+	}
+	for _, l := range i.listed {
+		o := manifest.Object{
+			Key: manifest.Key{Kind: manifest.KindPod, Namespace: l.Namespace, Name: l.Name},
+			Pod: l.Pod, Node: l.node, Mirror: l.mirror, Ended: l.ended,
+		}
+		if l.created != 0 {
+			o.Created = time.Unix(0, l.created)
+		}
+		out = append(out, o)
+	}
 	return out
 }

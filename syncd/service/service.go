@@ -30,11 +30,30 @@ import (
 type Table struct {
 	services map[manifest.Key]*manifest.Service
 	slices   map[manifest.Key]*manifest.EndpointSlice
+	// of are the slices of each Service.
+	of map[name]map[manifest.Key]*manifest.EndpointSlice
+	// served are the ports that each Service has a part in, as Ports has
+	// answered them last; nil if frontends may have changed since.
+	served map[name][]*port
+	// moved are the Services whose backends have changed since.
+	moved map[name]struct{}
+}
+
+// name of a Service.
+type name struct{ namespace, name string }
+
+// port is one of those that Ports answers, and whose ports it stands for.
+type port struct {
+	keys []portKey
+	pinning.Service
 }
 
 // NewTable is an empty table.
 func NewTable() *Table {
-	return &Table{make(map[manifest.Key]*manifest.Service), make(map[manifest.Key]*manifest.EndpointSlice)}
+	return &Table{
+		services: make(map[manifest.Key]*manifest.Service), slices: make(map[manifest.Key]*manifest.EndpointSlice),
+		of: make(map[name]map[manifest.Key]*manifest.EndpointSlice), moved: make(map[name]struct{}),
+	}
 }
 
 // Apply takes a batch of a source and tells whether it had any for the table.
@@ -43,9 +62,9 @@ func (t *Table) Apply(b source.Batch) (changed bool) {
 		switch k.Kind {
 		case manifest.KindService:
 			delete(t.services, k)
-			changed = true
+			t.served, changed = nil, true
 		case manifest.KindEndpointSlice:
-			delete(t.slices, k)
+			t.setSlice(k, nil)
 			changed = true
 		}
 	}
@@ -53,13 +72,58 @@ func (t *Table) Apply(b source.Batch) (changed bool) {
 		switch {
 		case o.Service != nil:
 			t.services[o.Key] = o.Service
-			changed = true
+			t.served, changed = nil, true
 		case o.EndpointSlice != nil:
-			t.slices[o.Key] = o.EndpointSlice
+			t.setSlice(o.Key, o.EndpointSlice)
 			changed = true
 		}
 	}
 	return changed
+}
+
+func (t *Table) setSlice(k manifest.Key, s *manifest.EndpointSlice) {
+	if old := t.slices[k]; old != nil {
+		of := name{old.Namespace, old.Service}
+		if delete(t.of[of], k); len(t.of[of]) == 0 {
+			delete(t.of, of)
+		}
+		t.moved[of] = struct{}{}
+	}
+	if s == nil {
+		delete(t.slices, k)
+		return
+	}
+	of := name{s.Namespace, s.Service}
+	if t.of[of] == nil {
+		t.of[of] = make(map[manifest.Key]*manifest.EndpointSlice, 1)
+	}
+	t.slices[k], t.of[of][k] = s, s
+	t.moved[of] = struct{}{}
+}
+
+// Moved answers the ports whose backends have changed since Ports or Moved was
+// called last, with all they have now. It is false where their frontends may
+// have changed too, and it takes Ports to tell.
+func (t *Table) Moved() ([]pinning.Service, bool) {
+	if t.served == nil {
+		return nil, false
+	}
+	var out []pinning.Service
+	seen := make(map[*port]struct{})
+	for of := range t.moved {
+		for _, p := range t.served[of] {
+			if _, again := seen[p]; again {
+				continue
+			}
+			seen[p] = struct{}{}
+			if now := t.backends(p.keys); !slices.Equal(now, p.Backends) {
+				p.Backends = now
+				out = append(out, p.Service)
+			}
+		}
+	}
+	t.moved = make(map[name]struct{})
+	return out, true
 }
 
 // portKey is a port of a Service in one address family.
@@ -91,7 +155,6 @@ type frontend struct {
 // same frontend, as external addresses allow, one more stands for all of them:
 // which one kube-proxy takes is not said anywhere.
 func (t *Table) Ports(node []netip.Addr) []pinning.Service {
-	backends := t.backends()
 	claims := make(map[frontend][]portKey)
 	for _, s := range t.services {
 		for _, p := range s.Ports {
@@ -116,29 +179,30 @@ func (t *Table) Ports(node []netip.Addr) []pinning.Service {
 			}
 		}
 	}
-	ports := make(map[string]*pinning.Service)
+	ports := make(map[string]*port)
 	for f, keys := range claims {
 		slices.SortFunc(keys, portKey.compare)
-		name := identity(keys)
-		p := ports[name]
+		id := identity(keys)
+		p := ports[id]
 		if p == nil {
-			p = &pinning.Service{
+			p = &port{keys, pinning.Service{
 				Namespace: keys[0].namespace, Name: keys[0].name, PortName: keys[0].port, Protocol: f.protocol,
-			}
-			for _, k := range keys {
-				p.Backends = append(p.Backends, backends[k]...)
-			}
-			slices.SortFunc(p.Backends, netip.AddrPort.Compare)
-			p.Backends = slices.Compact(p.Backends)
-			ports[name] = p
+				Backends: t.backends(keys),
+			}}
+			ports[id] = p
 		}
 		p.Frontends = append(p.Frontends, f.address)
 	}
 	out := make([]pinning.Service, 0, len(ports))
-	for _, name := range slices.Sorted(maps.Keys(ports)) {
-		p := ports[name]
+	t.served, t.moved = make(map[name][]*port, len(t.services)), make(map[name]struct{})
+	for _, id := range slices.Sorted(maps.Keys(ports)) {
+		p := ports[id]
 		slices.SortFunc(p.Frontends, netip.AddrPort.Compare)
-		out = append(out, *p)
+		out = append(out, p.Service)
+		for _, k := range p.keys {
+			of := name{k.namespace, k.name}
+			t.served[of] = append(t.served[of], p)
+		}
 	}
 	return out
 }
@@ -152,16 +216,22 @@ func identity(keys []portKey) string {
 	return b.String()
 }
 
-// backends of each port that has some.
-func (t *Table) backends() map[portKey][]netip.AddrPort {
-	out := make(map[portKey][]netip.AddrPort)
-	for _, s := range t.slices {
-		for _, p := range s.Ports {
-			for _, a := range s.Addresses {
-				key := portKey{s.Namespace, s.Service, p.Name, p.Protocol, a.Is6()}
-				out[key] = append(out[key], netip.AddrPortFrom(a, p.Port))
+// backends of some ports together, sorted.
+func (t *Table) backends(keys []portKey) (out []netip.AddrPort) {
+	for _, k := range keys {
+		for _, s := range t.of[name{k.namespace, k.name}] {
+			for _, p := range s.Ports {
+				if p.Name != k.port || p.Protocol != k.protocol {
+					continue
+				}
+				for _, a := range s.Addresses {
+					if a.Is6() == k.ipv6 {
+						out = append(out, netip.AddrPortFrom(a, p.Port))
+					}
+				}
 			}
 		}
 	}
-	return out
+	slices.SortFunc(out, netip.AddrPort.Compare)
+	return slices.Compact(out)
 }

@@ -7,11 +7,14 @@ package service
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"testing"
 
 	"github.com/podgate/podgate/bpf/policy"
+	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd/manifest"
 	"github.com/podgate/podgate/syncd/source"
 )
@@ -150,4 +153,68 @@ func TestApplyIgnores(t *testing.T) {
 	if NewTable().Apply(source.Batch{Set: []manifest.Object{{Key: pod}}, Gone: []manifest.Key{pod}}) {
 		t.Error("a Pod changes the table of Services")
 	}
+}
+
+// TestMoved goes through random histories and asks at each step that the table
+// answers what one would that never saw another state.
+func TestMoved(t *testing.T) {
+	for seed := range uint64(30) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		table, node := NewTable(), addrs("192.0.2.1")
+		objects := make(map[manifest.Key]manifest.Object)
+		have := make(map[netip.AddrPort]pinning.Service)
+		followed := 0
+		for step := range 60 {
+			var b source.Batch
+			if o := randomObject(r); r.IntN(4) == 0 {
+				delete(objects, o.Key)
+				b.Gone = append(b.Gone, o.Key)
+			} else {
+				objects[o.Key] = o
+				b.Set = append(b.Set, o)
+			}
+			table.Apply(b)
+			if moved, ok := table.Moved(); ok {
+				followed++
+				for _, s := range moved {
+					have[s.Frontends[0]] = s
+				}
+			} else {
+				clear(have)
+				for _, s := range table.Ports(node) {
+					have[s.Frontends[0]] = s
+				}
+			}
+			fresh := NewTable()
+			fresh.Apply(source.Batch{Set: slices.Collect(maps.Values(objects))})
+			want := make(map[netip.AddrPort]pinning.Service)
+			for _, s := range fresh.Ports(node) {
+				want[s.Frontends[0]] = s
+			}
+			if fmt.Sprint(have) != fmt.Sprint(want) {
+				t.Fatalf("seed %d, step %d: have\n%v, want\n%v", seed, step, have, want)
+			}
+		}
+		if followed < 10 {
+			t.Errorf("seed %d: only %d changes were followed", seed, followed)
+		}
+	}
+}
+
+// randomObject is mostly a slice of one of a few Services.
+func randomObject(r *rand.Rand) manifest.Object {
+	of := fmt.Sprintf("s%d", r.IntN(3))
+	if r.IntN(8) == 0 {
+		ports := []manifest.ServicePort{{Name: "http", Protocol: policy.TCP, Port: 80, NodePort: uint16(30000 + r.IntN(2))}}
+		addresses := addrs("10.96.0."+of[1:], "fd00:96::"+of[1:])
+		if r.IntN(2) == 0 { // one that others may have too
+			addresses = append(addresses, netip.MustParseAddr("198.51.100.1"))
+		}
+		return service(of, addresses, ports...)
+	}
+	var addresses []netip.Addr
+	for range r.IntN(3) {
+		addresses = append(addresses, netip.AddrFrom4([4]byte{10, 0, 0, byte(1 + r.IntN(5))}))
+	}
+	return slice(fmt.Sprintf("slice-%d", r.IntN(5)), of, addresses, manifest.EndpointPort{Name: "http", Protocol: policy.TCP, Port: uint16(8080 + r.IntN(2))})
 }
