@@ -152,11 +152,12 @@ func startContainerd(
 	return c, c.load(ctx, image)
 }
 
-// load imports the images of a file. What is run of them is unpacked then.
+// load imports the images of a file. What is run of them is unpacked then. The
+// other flags are those of `kind load image-archive`.
 func (c *containerd) load(ctx context.Context, file string) error {
 	// Not by exec.LookPath: PATH is that of containerd.
 	load := exec.CommandContext(ctx, "sh", "-c", `exec ctr "$@"`, "ctr", "--address", c.socket, "--namespace", "k8s.io",
-		"images", "import", "--no-unpack", file)
+		"images", "import", "--no-unpack", "--all-platforms", "--digests", file)
 	load.Env = append(os.Environ(), "PATH="+c.path)
 	out, err := load.CombinedOutput()
 	if err != nil {
