@@ -71,6 +71,10 @@ func Adopt(ctx context.Context, o AdoptOptions) ([]Adopted, error) {
 		return nil, err
 	}
 	defer state.Close()
+	// What another version has gated was not started before podgate.
+	if _, err := state.Inherit(ctx); err != nil {
+		return nil, err
+	}
 	a := &adoption{AdoptOptions: o, state: state, exec: &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: os.Stderr}}}
 	a.cni = libcni.NewCNIConfigWithCacheDir([]string{o.BinDir}, o.CacheDir, a.exec)
 	attachments, err := a.cni.GetCachedAttachments("")

@@ -326,8 +326,12 @@ func (s *State) detachTCX(endpoint uint32) error {
 
 // attached tells which of the hooks of an endpoint do not run our programs.
 func (s *State) attached(e Endpoint) error {
-	if e.Attach == AttachTCX {
+	switch e.Attach {
+	case AttachFormer:
+		return nil
+	case AttachTCX:
 		return s.attachedTCX(e)
+	default:
 	}
 	l := &netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: e.HostIfindex}}
 	for direction, name := range programNames() {

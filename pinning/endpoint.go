@@ -49,6 +49,8 @@ const (
 	AttachAuto AttachKind = iota
 	AttachClsact
 	AttachTCX
+	// AttachFormer: its hooks are those of another version still.
+	AttachFormer
 )
 
 func (k AttachKind) String() string {
@@ -57,6 +59,8 @@ func (k AttachKind) String() string {
 		return "clsact"
 	case AttachTCX:
 		return "tcx"
+	case AttachFormer:
+		return "former version"
 	default:
 		return "auto"
 	}

@@ -123,23 +123,28 @@ func (s *State) add(r AddRequest, forebears []*Endpoint) (Endpoint, error) {
 	if err := s.inherit(&e, forebears); err != nil {
 		return e, err
 	}
-	if err := s.claim(e.Key, e.ID, e.Gate, e.Addresses); err != nil {
-		return e, err
-	}
-	if err := s.setSources(e.ID, e.Addresses, true); err != nil {
-		return e, err
-	}
-	published, found, err := s.published(e.Pod)
-	if err != nil {
-		return e, err
-	}
-	if err := s.classify(e.Pod, published.Class, e.Addresses); err != nil {
-		return e, err
-	}
 	if err := s.learnNodeAddresses(&r); err != nil {
 		return e, err
 	}
-	return e, s.openGate(sh, &e, published, found)
+	return e, s.settle(sh, &e)
+}
+
+// settle makes what is known of the addresses of an endpoint, and its gate.
+func (s *State) settle(sh *shared, e *Endpoint) error {
+	if err := s.claim(e.Key, e.ID, e.Gate, e.Addresses); err != nil {
+		return err
+	}
+	if err := s.setSources(e.ID, e.Addresses, true); err != nil {
+		return err
+	}
+	published, found, err := s.published(e.Pod)
+	if err != nil {
+		return err
+	}
+	if err := s.classify(e.Pod, published.Class, e.Addresses); err != nil {
+		return err
+	}
+	return s.openGate(sh, e, published, found)
 }
 
 // openGate publishes the gate; the hooks come after it.

@@ -82,7 +82,7 @@ func (s *State) repair(e Endpoint) (what string, gone bool, err error) {
 	} else if err != nil {
 		return "", false, fmt.Errorf("interface %d: %w", e.HostIfindex, err)
 	}
-	if e.Attach == AttachAuto && time.Since(e.Created) < attachTime {
+	if e.Attach == AttachFormer || e.Attach == AttachAuto && time.Since(e.Created) < attachTime {
 		return "", false, nil
 	}
 	if restored, err := s.restorePeers(e); err != nil {
@@ -367,8 +367,8 @@ func (s *State) swap(e Endpoint) error {
 		return nil // Repair removes it.
 	}
 	switch e.Attach {
-	case AttachAuto:
-		return nil // Its ADD is at it, and Repair looks after it.
+	case AttachAuto, AttachFormer:
+		return nil // Its ADD, or TakeOver, is at it, and Repair looks after it.
 	case AttachTCX:
 		return s.replaceTCX(e.ID, e.HostIfindex)
 	default:

@@ -164,11 +164,19 @@ func (s *State) Close() error {
 // install loads the programs and publishes them and the maps under a new name
 // that is then renamed, so the instance is whole or absent.
 func (s *State) install(c Capacity) error {
-	coll, err := load(c, nil)
+	inherited, err := s.heritage()
+	if err != nil {
+		return err
+	}
+	defer inherited.close()
+	coll, err := load(c, inherited.maps)
 	if err != nil {
 		return err
 	}
 	defer coll.Close()
+	if err := inherited.begin(coll.Maps[bpf.DatapathMapState]); err != nil {
+		return fmt.Errorf("number endpoints: %w", err)
+	}
 
 	building := filepath.Join(s.layout.Dir(), "new")
 	// The lock is held, so what is there is the rest of a process that died.

@@ -40,6 +40,8 @@ type State interface {
 	ServicesMode() (pinning.ServicesMode, error)
 	Repair(ctx context.Context) ([]pinning.Repaired, error)
 	Upgrade(ctx context.Context) (bool, error)
+	Inherit(ctx context.Context) (bool, error)
+	TakeOver(ctx context.Context) (bool, error)
 	Watch(ctx context.Context) (<-chan struct{}, error)
 	Enforcement(ep pinning.Endpoint) (pinning.Enforcement, error)
 	Usage() ([]pinning.MapUsage, error)
@@ -107,6 +109,8 @@ type Daemon struct {
 	// pending is how many revisions of the source the state does not have yet.
 	pending int
 	fill    fill
+	// former says that another version has endpoints, or may get some.
+	former bool
 }
 
 // New is a daemon that has not begun.
@@ -158,6 +162,7 @@ func (d *Daemon) Once(ctx context.Context) ([]source.Problem, error) {
 	d.repair(ctx)
 	d.refresh(ctx)
 	d.setServices(ctx)
+	d.takeOver(ctx)
 	if d.compiler.Pending() && !d.stale {
 		d.apply(ctx, d.compiler.Compact())
 	}
@@ -224,6 +229,8 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 		retry   <-chan time.Time
 		mend    <-chan time.Time
 		tell    <-chan time.Time
+		// The plugin of another version may be called until it is replaced.
+		former <-chan time.Time
 	)
 	repair := time.NewTicker(d.opts.Repair)
 	defer repair.Stop()
@@ -246,6 +253,8 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 		case <-mend:
 			mend = nil
 			d.repair(ctx)
+		case <-former:
+			d.inherit(ctx)
 		case d.nodeAddrs = <-addrs:
 			// Each pod's veth has one: all of them would fill the log.
 			d.log.Info("addresses of the node", "count", len(d.nodeAddrs),
@@ -283,6 +292,10 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			}
 		}
 		d.setServices(ctx)
+		d.takeOver(ctx)
+		if former = nil; d.former {
+			former = time.After(d.opts.Grace)
+		}
 		// There may be hundreds of batches a second.
 		if pause := time.Until(d.reported.Add(d.opts.Grace / 4)); pause <= 0 {
 			tell = nil
@@ -509,10 +522,33 @@ func (d *Daemon) upgrade(ctx context.Context) {
 	if upgraded {
 		d.log.Info("programs upgraded on every attachment")
 	}
+	d.inherit(ctx)
+}
+
+// inherit makes the endpoints of another version known here.
+func (d *Daemon) inherit(ctx context.Context) {
+	there, err := d.opts.State.Inherit(ctx)
+	if there && !d.former {
+		d.log.Info("another version has gated pods: they are taken over when their policy is known")
+	}
+	d.former = there
+	d.problems.set("inherit", "endpoints of another version", err)
+}
+
+// takeOver takes endpoints over from another version, once all is applied that
+// decides about them.
+func (d *Daemon) takeOver(ctx context.Context) {
+	if !d.former || d.stale || d.synced.IsZero() || d.nodeAddrs != nil || !d.services.known || d.services.due {
+		return
+	}
+	var err error
+	d.former, err = d.opts.State.TakeOver(ctx)
+	d.problems.set("take over", "endpoints of another version", err)
 }
 
 // repair puts back what was lost.
 func (d *Daemon) repair(ctx context.Context) {
+	d.inherit(ctx)
 	repaired, err := d.opts.State.Repair(ctx)
 	for _, r := range repaired {
 		d.log.Warn("repaired", "what", r)

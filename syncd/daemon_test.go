@@ -46,6 +46,8 @@ type recorder struct {
 	usage     []pinning.MapUsage
 	// short is what finds no room, of any update.
 	short error
+	// former says that another version is there.
+	former bool
 }
 
 func newRecorder() *recorder {
@@ -177,6 +179,20 @@ func (r *recorder) Upgrade(context.Context) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return true, r.step("Upgrade")
+}
+
+func (r *recorder) Inherit(context.Context) (bool, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.former, r.step("Inherit")
+}
+
+func (r *recorder) TakeOver(context.Context) (bool, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := r.step("TakeOver")
+	r.former = r.former && err != nil
+	return r.former, err
 }
 
 func (r *recorder) Watch(context.Context) (<-chan struct{}, error) {
@@ -492,6 +508,26 @@ func TestRunGoesOn(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestRunTakesOver asks that endpoints of another version stay with it until all
+// is applied that decides about them.
+func TestRunTakesOver(t *testing.T) {
+	state := newRecorder()
+	state.former = true
+	state.attach(attachment("c1", "x"))
+	state.failing("Apply", errors.New("out of order"))
+	b := start(t, state)
+	b.addrs <- []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	b.set(pod("x", "1") + isolate("1"))
+	b.until("failed", func(r *recorder, _ status.Status) bool { return r.calls["Apply"] > 1 && r.calls["Inherit"] > 0 })
+	b.until("not taken over", func(r *recorder, _ status.Status) bool { return r.calls["TakeOver"] == 0 })
+	state.failing("TakeOver", errors.New("held up"))
+	state.failing("Apply", nil)
+	b.until("a problem", hasProblem("held up"))
+	state.failing("TakeOver", nil)
+	b.until("taken over", func(r *recorder, _ status.Status) bool { return !r.former })
+	b.until("well", hasNone)
 }
 
 // TestRunTellsServices asks that Services wait until all of them and the node's
