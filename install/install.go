@@ -51,7 +51,8 @@ type Options struct {
 	// Conflist is the file to merge into; when empty the one that the runtime
 	// takes out of ConfDir.
 	Conflist string
-	// CommandDir is where podgate itself goes, "/usr/local/bin".
+	// CommandDir is where podgate itself goes, "/usr/local/bin"; when empty it
+	// stays where it is.
 	CommandDir string
 	// Source is the directory that the binaries are copied from.
 	Source string
@@ -185,7 +186,10 @@ func (n *node) installation() ([]step, error) {
 	if err != nil {
 		return nil, err
 	}
-	dirs := []string{n.BinDir, n.CommandDir}
+	dirs := []string{n.BinDir}
+	if n.CommandDir != "" {
+		dirs = append(dirs, n.CommandDir)
+	}
 	if n.Unit != nil {
 		dirs = append(dirs, n.Unit.Dir, filepath.Dir(n.Unit.wanted()), n.Unit.PolicyDir)
 	}
@@ -242,6 +246,9 @@ func (n *node) directories(dirs []string) (steps []step) {
 
 func (n *node) binaries() (steps []step, err error) {
 	for _, b := range []struct{ name, dir string }{{pluginName, n.BinDir}, {commandName, n.CommandDir}} {
+		if b.dir == "" {
+			continue
+		}
 		data, err := os.ReadFile(filepath.Join(n.Source, b.name))
 		if err != nil {
 			return nil, fmt.Errorf("binary to install: %w", err)

@@ -316,10 +316,11 @@ func (u *removal) rmdir(path string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(path); !errors.Is(err, unix.EROFS) {
+	// Then it was not made here, or is mounted into the container of a pod.
+	if err := os.Remove(path); !errors.Is(err, unix.EROFS) && !errors.Is(err, unix.EBUSY) {
 		return err
 	}
-	return nil // Then it was not made here.
+	return nil
 }
 
 // finish leaves a log of what stays, or none.

@@ -30,6 +30,9 @@ type Watcher struct {
 	// Merged is called after the entry was put into a file: containers that
 	// were started since the file was written have no gate. It may be nil.
 	Merged func(context.Context)
+	// Report is told after each look what keeps podgate from being part of the
+	// network; nil if nothing does. It may be nil.
+	Report func(error)
 
 	pace pace
 }
@@ -128,6 +131,9 @@ func (w Watcher) Watch(ctx context.Context) error {
 		path, err := w.look(ctx, installed)
 		if ctx.Err() != nil {
 			return nil
+		}
+		if w.Report != nil {
+			w.Report(err)
 		}
 		switch {
 		case err == nil:

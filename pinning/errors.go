@@ -9,6 +9,8 @@ import "errors"
 var (
 	// ErrNotInstalled: nothing is pinned where the layout says.
 	ErrNotInstalled = errors.New("podgate is not set up on this node")
+	// ErrNoBPFFS: no BPF file system is mounted, and none may be.
+	ErrNoBPFFS = errors.New("no BPF file system is mounted")
 	// ErrABI: a pinned map is not of the layout this binary knows.
 	ErrABI = errors.New("pinned state has another layout")
 	// ErrFull: a map or table has no room.

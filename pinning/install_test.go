@@ -294,6 +294,18 @@ func TestEnsureMounts(t *testing.T) {
 	}
 }
 
+func TestEnsureMayNotMount(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	if _, err := pinning.Ensure(t.Context(), pinning.Options{Layout: pinning.Layout{BPFFS: dir}, Capacity: small, NoMount: true}); !errors.Is(err, pinning.ErrNoBPFFS) {
+		t.Errorf("Ensure: %v", err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil || fs.Type == unix.BPF_FS_MAGIC {
+		t.Errorf("it was mounted: type %#x, %v", fs.Type, err)
+	}
+}
+
 // held locks the instance as another process would.
 func (l *lab) held() (release func()) {
 	l.t.Helper()

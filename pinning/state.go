@@ -30,6 +30,9 @@ type Options struct {
 	Logger   *slog.Logger
 	// LockTimeout bounds the wait for other processes; 5 s.
 	LockTimeout time.Duration
+	// NoMount has [Ensure] fail where no BPF file system is mounted: one that is
+	// mounted in a container is there for nobody else.
+	NoMount bool
 }
 
 func (o Options) withDefaults() (Options, error) {
@@ -106,7 +109,13 @@ func Ensure(ctx context.Context, o Options) (*State, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := mountBPFFS(ctx, o.Layout.BPFFS, o.LockTimeout); err != nil {
+	if o.NoMount {
+		if is, err := isBPFFS(o.Layout.BPFFS); err != nil {
+			return nil, err
+		} else if !is {
+			return nil, fmt.Errorf("%w at %s", ErrNoBPFFS, o.Layout.BPFFS)
+		}
+	} else if err := mountBPFFS(ctx, o.Layout.BPFFS, o.LockTimeout); err != nil {
 		return nil, err
 	}
 	if err := os.Mkdir(o.Layout.Dir(), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {

@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/podgate/podgate/install"
 	"github.com/podgate/podgate/pinning"
+	"github.com/podgate/podgate/syncd/apiserver"
 )
 
 // installFlags are those of install and uninstall.
@@ -32,6 +32,8 @@ type installFlags struct {
 	systemd  string
 	unit     install.Unit
 	wait     time.Duration
+	// of --watch
+	probes, daemonSet, kubeconfig string
 }
 
 // The values of --systemd.
@@ -61,7 +63,7 @@ gates them or they are started again.
 
 With --watch it stays: it waits for a network that comes later, puts the entry
 back when the owner of the network writes it anew, and gates what was started
-without it. If somebody takes the entry out again and again it says so, and puts
+without it, once the daemon knows policy. If somebody takes the entry out again and again it says so, and puts
 it back ever more seldom.`,
 		Example: `  podgate install
   podgate install --bin-dir /usr/lib/cni --options '{"mode": "open"}'
@@ -83,9 +85,9 @@ it back ever more seldom.`,
 				o.Source = filepath.Dir(self)
 			}
 			if watch {
-				return a.watch(cmd, o)
+				return a.watch(cmd, &f, o)
 			}
-			var done installed
+			var done changes
 			o.Step = done.step
 			ctx, cancel := context.WithTimeout(cmd.Context(), f.wait)
 			defer cancel()
@@ -100,69 +102,12 @@ it back ever more seldom.`,
 	flags.StringVar(&f.unit.PolicyDir, "policy-dir", "/etc/podgate/policy.d", "directory of manifests for the systemd unit")
 	flags.StringVar(&f.entry, "options", "", "further keys of podgate-cni's object, as a JSON object")
 	flags.BoolVar(&watch, "watch", false, "stay, and keep podgate part of the network")
+	flags.StringVar(&f.probes, "probes", "", "with --watch: address to serve /healthz and /readyz on, such as 127.0.0.1:9967 (default none)")
+	flags.StringVar(&f.daemonSet, "uninstall-with", "", "with --watch: uninstall at the end if this DaemonSet, NAMESPACE/NAME, has been deleted")
+	flags.StringVar(&f.kubeconfig, "kubeconfig", apiserver.InCluster, "with --uninstall-with: kubeconfig of the cluster, or "+apiserver.InCluster)
+	f.settle(flags)
 	capacityFlags(flags, &f.capacity)
 	cmd.MarkFlagsMutuallyExclusive("watch", "dry-run")
-	complete(cmd, "systemd", systemdAuto, systemdOn, systemdOff)
-	return cmd
-}
-
-// watch keeps podgate installed until it is told to end.
-func (a *app) watch(cmd *cobra.Command, o install.Options) error {
-	if !cmd.Flags().Changed("log-level") {
-		a.logLevel = slog.LevelInfo
-	}
-	logger := a.logger()
-	o.Logger, o.Pins.Logger = logger, logger
-	o.Step = func(what string) { logger.Info(what) }
-	return install.Watcher{Options: o, Merged: func(ctx context.Context) {
-		adopted, err := install.Adopt(ctx, install.AdoptOptions{
-			ConfDir: o.ConfDir, BinDir: o.BinDir, CacheDir: o.CacheDir, Pins: o.Pins,
-		})
-		for _, c := range adopted {
-			if c.Error != "" {
-				logger.Error("container stays without a gate", "container", c, "pod", c.Pod, "network", c.Network, "error", c.Error)
-			} else {
-				logger.Info("container gated that was started before", "container", c, "pod", c.Pod, "network", c.Network, "connections", c.Connections)
-			}
-		}
-		if err != nil {
-			logger.Error("containers may be without a gate", "error", err)
-		}
-	}}.Watch(cmd.Context())
-}
-
-func (a *app) uninstallCommand() *cobra.Command {
-	var f installFlags
-	cmd := &cobra.Command{
-		Use:   "uninstall",
-		Short: "Take podgate off this node",
-		Long: `Undoes what "podgate install" has recorded: the network configuration first, so
-that nobody calls podgate any more, then the gates and the pinned state, at last
-the binaries. Containers keep running and keep their connections; they are no
-longer gated.
-
-What somebody else has changed since, or still needs, stays and is named, and the
-exit code is 2. Call it again when that is settled.`,
-		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			o, err := a.installOptions(f)
-			if err != nil {
-				return err
-			}
-			var done installed
-			o.Step = done.step
-			ctx, cancel := context.WithTimeout(cmd.Context(), f.wait)
-			defer cancel()
-			done.Left, err = install.Uninstall(ctx, o)
-			if err == nil && len(done.Left) > 0 {
-				err = errProblem
-			}
-			return errors.Join(err, a.print(done, done.text))
-		},
-	}
-	flags := cmd.Flags()
-	f.shared(flags)
-	flags.DurationVar(&f.options.Settle, "settle", 2*time.Second, "time for runtimes to read the configuration before what it named goes")
 	complete(cmd, "systemd", systemdAuto, systemdOn, systemdOff)
 	return cmd
 }
@@ -171,13 +116,17 @@ func (f *installFlags) shared(flags *pflag.FlagSet) {
 	o := &f.options
 	flags.StringVar(&o.ConfDir, "conf-dir", "/etc/cni/net.d", "directory of network configurations")
 	flags.StringVar(&o.BinDir, "bin-dir", "/opt/cni/bin", "directory of CNI plugins")
-	flags.StringVar(&o.CommandDir, "command-dir", "/usr/local/bin", "directory for podgate itself")
+	flags.StringVar(&o.CommandDir, "command-dir", "/usr/local/bin", "directory for podgate itself; empty leaves it where it is")
 	flags.StringVar(&o.StateDir, "state-dir", "/var/lib/podgate", "directory of the record of what was done")
 	flags.StringVar(&o.CacheDir, "cni-cache-dir", "/var/lib/cni", "where the runtime keeps what it attached containers with")
 	flags.StringVar(&f.systemd, "systemd", systemdAuto, "run the daemon as a systemd unit: on, off, or auto for where systemd runs")
 	flags.StringVar(&f.unit.Dir, "unit-dir", "/etc/systemd/system", "directory of systemd units")
 	flags.DurationVar(&f.wait, "timeout", time.Minute, "longest time all of it may take")
 	flags.BoolVar(&o.DryRun, "dry-run", false, "say what would be done")
+}
+
+func (f *installFlags) settle(flags *pflag.FlagSet) {
+	flags.DurationVar(&f.options.Settle, "settle", 2*time.Second, "of uninstalling: time for runtimes to read the configuration before what it named goes")
 }
 
 // installOptions makes all paths absolute, and finds out about systemd.
@@ -232,19 +181,19 @@ func usesSystemd(flag string) (bool, error) {
 	return false, fmt.Errorf("--systemd %q is not one of %s, %s, %s", flag, systemdAuto, systemdOn, systemdOff)
 }
 
-// installed is what was done, and what was not.
-type installed struct {
+// changes is what was done, and what was not.
+type changes struct {
 	Steps []string `json:"steps"`
 	Left  []string `json:"left,omitempty"`
 }
 
-func (i *installed) step(what string) { i.Steps = append(i.Steps, what) }
+func (c *changes) step(what string) { c.Steps = append(c.Steps, what) }
 
-func (i *installed) text(w *bytes.Buffer) {
-	for _, s := range i.Steps {
+func (c *changes) text(w *bytes.Buffer) {
+	for _, s := range c.Steps {
 		fmt.Fprintln(w, s)
 	}
-	for _, l := range i.Left {
+	for _, l := range c.Left {
 		fmt.Fprintln(w, "left:", l)
 	}
 }

@@ -28,6 +28,7 @@ type app struct {
 	env
 	layout   pinning.Layout
 	runDir   string
+	mount    bool
 	output   string
 	logLevel slog.Level
 }
@@ -61,6 +62,7 @@ Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 
 	flags := root.PersistentFlags()
 	flags.StringVar(&a.layout.BPFFS, "bpffs", "/sys/fs/bpf", "mount point of the BPF file system")
+	flags.BoolVar(&a.mount, "mount-bpffs", true, "mount the BPF file system if it is not; in a container that would be there for nobody else")
 	flags.StringVar(&a.layout.Name, "instance", "podgate", "instance of podgate on this node")
 	flags.StringVar(&a.runDir, "run-dir", "", "directory of the daemon's status (default /run/podgate/INSTANCE)")
 	flags.StringVarP(&a.output, "output", "o", outputText, "output format: text or json")
@@ -95,7 +97,7 @@ func (a *app) runDirectory() string {
 }
 
 func (a *app) options() pinning.Options {
-	return pinning.Options{Layout: a.layout, Logger: a.logger()}
+	return pinning.Options{Layout: a.layout, Logger: a.logger(), NoMount: !a.mount}
 }
 
 // open adopts the instance for reading.
@@ -120,6 +122,8 @@ func hintFor(err error) string {
 	switch {
 	case errors.Is(err, pinning.ErrNotInstalled):
 		return `Run "podgate init" or "podgate sync" as root to set it up, or name the right --bpffs and --instance.`
+	case errors.Is(err, pinning.ErrNoBPFFS):
+		return `Have the node mount it: "mount -t bpf bpf /sys/fs/bpf", as systemd does.`
 	case errors.Is(err, pinning.ErrABI):
 		return "This podgate and the one that set the node up are of different versions: use that one, or drain the node and remove the pinned state."
 	case errors.Is(err, pinning.ErrFull):

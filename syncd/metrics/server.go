@@ -27,17 +27,26 @@ func NewRegistry(cs ...prometheus.Collector) *prometheus.Registry {
 	return r
 }
 
-// Server serves /metrics from a gatherer, and /healthz and /readyz from a
-// [Health]: 200 or 503, with the reason.
+// Prober says how a process is. Alive is an error when it should be started
+// again, Ready while it does not do its work yet.
+type Prober interface {
+	Alive() error
+	Ready() error
+}
+
+// Server serves /metrics from a gatherer, if there is one, and /healthz and
+// /readyz: 200 or 503, with the reason.
 type Server struct {
 	Gatherer prometheus.Gatherer
-	Health   *Health
+	Health   Prober
 }
 
 // Handler answers the requests.
 func (s Server) Handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(s.Gatherer, promhttp.HandlerOpts{}))
+	if s.Gatherer != nil {
+		mux.Handle("GET /metrics", promhttp.HandlerFor(s.Gatherer, promhttp.HandlerOpts{}))
+	}
 	mux.Handle("GET /healthz", probe(s.Health.Alive))
 	mux.Handle("GET /readyz", probe(s.Health.Ready))
 	return mux
