@@ -133,6 +133,10 @@ generate: ## compile bpf/*.c and generate the Go side of it
 	BPF2GO_CC=$(BPF_CLANG) BPF2GO_STRIP=$(BPF_STRIP) \
 	BPF2GO_CFLAGS="-I/usr/include/$$(uname -m)-linux-gnu" $(GO) generate ./...
 
+.PHONY: manifests
+manifests: ## make the files for kubectl apply from the Helm chart
+	$(GO) -C install/kubernetes run .
+
 .PHONY: check-generated
 check-generated: ## fail if the generated files are not what generate makes
 	@old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; set -e; \

@@ -177,9 +177,11 @@ func TestFlags(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	flag := regexp.MustCompile(`--[a-z][a-z-]*[a-z]`)
+	// Lines that call other commands have the flags of those.
+	others := regexp.MustCompile(`(?m)^\$ (kubectl|helm) .*$`)
 	flags := func(text string) map[string]bool {
 		set := map[string]bool{}
-		for _, f := range flag.FindAllString(text, -1) {
+		for _, f := range flag.FindAllString(others.ReplaceAllString(text, ""), -1) {
 			set[f] = true
 		}
 		return set

@@ -39,7 +39,13 @@ type cluster struct {
 
 func newCluster(t *testing.T) *cluster {
 	t.Helper()
-	l := newLab(t)
+	return newLab(t).cluster()
+}
+
+// cluster gives the lab an API server.
+func (l *lab) cluster() *cluster {
+	l.t.Helper()
+	t := l.t
 	plane := controlplane.Start(t, l.node.Do)
 	c := &cluster{
 		lab: l, plane: plane, client: plane.Client(),

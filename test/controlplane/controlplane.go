@@ -109,6 +109,7 @@ func (c *ControlPlane) prepare() error {
 	return errors.Join(
 		os.WriteFile(c.path("sa.key"), pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), 0o600),
 		os.WriteFile(c.path("tokens"), []byte(AdminToken+",admin,admin,system:masters\n"), 0o600),
+		os.WriteFile(c.path("audit.yaml"), []byte(auditPolicy), 0o600),
 	)
 }
 
@@ -126,7 +127,8 @@ func (c *ControlPlane) StartAPIServer() {
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+c.path("sa.key"), "--service-account-signing-key-file="+c.path("sa.key"),
 		// Pods are made without the controllers that give accounts to them.
-		"--disable-admission-plugins=ServiceAccount", "--profiling=false")
+		"--disable-admission-plugins=ServiceAccount", "--profiling=false",
+		"--audit-policy-file="+c.path("audit.yaml"), "--audit-log-path="+c.path("audit.log"))
 	c.await()
 }
 
@@ -238,6 +240,49 @@ func (c *ControlPlane) kubeconfig(tokenFile string, cluster *api.Cluster) string
 		c.t.Fatal(err)
 	}
 	return path
+}
+
+// auditPolicy has requests noted as they end; watches, which do not, as they
+// begin.
+const auditPolicy = `apiVersion: audit.k8s.io/v1
+kind: Policy
+rules: [{ level: Metadata, omitStages: [RequestReceived] }]
+`
+
+// Request is one that the API server was asked.
+type Request struct {
+	User struct {
+		Username string `json:"username"`
+	} `json:"user"`
+	Verb      string `json:"verb"`
+	ObjectRef struct {
+		APIGroup string `json:"apiGroup"`
+		Resource string `json:"resource"`
+	} `json:"objectRef"`
+	RequestURI     string `json:"requestURI"`
+	ResponseStatus struct {
+		Code int `json:"code"`
+	} `json:"responseStatus"`
+}
+
+// Requests are those that a user has made until now.
+func (c *ControlPlane) Requests(user string) []Request {
+	c.t.Helper()
+	b, err := os.ReadFile(c.path("audit.log"))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var all []Request
+	for line := range bytes.Lines(b) {
+		var r Request
+		if err := json.Unmarshal(line, &r); err != nil {
+			continue // being written
+		}
+		if r.User.Username == user {
+			all = append(all, r)
+		}
+	}
+	return all
 }
 
 // TokenFile writes a file with a token.
