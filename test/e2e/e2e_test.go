@@ -7,6 +7,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -58,8 +59,29 @@ func run(t *testing.T, proxy string) {
 	}
 }
 
-// start starts a cluster from what is built.
+// start starts a cluster from what is built, with podgate on it.
 func start(t *testing.T, proxy string) *suite {
+	t.Helper()
+	return startCluster(t, cluster.Options{Proxy: proxy, Bare: os.Getenv(bare) == "1"}, func(ctx context.Context, dir string) error {
+		return cluster.Plugins(ctx, dir)
+	})
+}
+
+// startBare starts a cluster on which nothing of podgate's is.
+func startBare(t *testing.T) *suite {
+	t.Helper()
+	return startCluster(t, cluster.Options{Bare: true}, func(ctx context.Context, dir string) error {
+		err := cluster.Plugins(ctx, dir)
+		for _, name := range []string{"podgate", "podgate-cni", "podgate-ipam"} {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, name)))
+		}
+		return err
+	})
+}
+
+// startCluster starts a cluster whose plugins are what fill puts into a
+// directory.
+func startCluster(t *testing.T, o cluster.Options, fill func(ctx context.Context, dir string) error) *suite {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
 	cache, err := build.Open("build", log)
@@ -75,16 +97,14 @@ func start(t *testing.T, proxy string) *suite {
 		t.Fatal(err)
 	}
 	t.Chdir(filepath.Join(here, "..", "..")) // where podgate is built
-	if err := cluster.Plugins(t.Context(), plugins); err != nil {
+	if err := fill(t.Context(), plugins); err != nil {
 		t.Fatal(err)
 	}
 	t.Chdir(here)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
-	c, err := cluster.Start(ctx, cluster.Options{
-		Bin: cache.Bin(), Images: cache.Images(), Plugins: plugins, Proxy: proxy, Log: log,
-		Bare: os.Getenv(bare) == "1",
-	})
+	o.Bin, o.Images, o.Plugins, o.Log = cache.Bin(), cache.Images(), plugins, log
+	c, err := cluster.Start(ctx, o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +118,7 @@ func start(t *testing.T, proxy string) *suite {
 			t.Error(err)
 		}
 	})
-	reports := filepath.Join(filepath.Dir(cache.Bin()), "reports", proxy)
+	reports := filepath.Join(filepath.Dir(cache.Bin()), "reports", c.Proxy)
 	if err := os.MkdirAll(reports, 0o755); err != nil {
 		t.Fatal(err)
 	}
