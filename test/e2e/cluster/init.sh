@@ -73,5 +73,5 @@ echo ready
 # bash reaps whatever is left to it while it waits.
 while :; do
 	sleep 3600 &
-	wait $!
+	wait $! || true # a reboot kills it
 done
