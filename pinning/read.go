@@ -11,6 +11,7 @@ import (
 	"iter"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -125,6 +126,32 @@ func (s *State) Rule(id uint32) (Rule, error) {
 	r.RuleInfo.Policy = r.Policy.ID
 	r.Counter, err = s.counter(bpf.DatapathMapRuleCounters, id)
 	return r, err
+}
+
+// Rules yields the pinned rules. The text, policy and counter of each are read
+// one by one, and those that go meanwhile are left out.
+func (s *State) Rules() iter.Seq2[Rule, error] {
+	return func(yield func(Rule, error) bool) {
+		m, err := s.m(bpf.DatapathMapRuleInfo)
+		if err != nil {
+			yield(Rule{}, err)
+			return
+		}
+		ids, err := keysOf[uint32](m)
+		if err != nil {
+			yield(Rule{}, err)
+			return
+		}
+		for _, id := range ids {
+			r, err := s.Rule(id)
+			if errors.Is(err, ErrNotFound) {
+				continue
+			}
+			if !yield(r, err) {
+				return
+			}
+		}
+	}
 }
 
 func (s *State) policyInfo(id uint32) (policy.PolicyInfo, error) {
@@ -281,6 +308,13 @@ type FlowEntry struct {
 	Backend netip.AddrPort
 	// Packets and Bytes by direction.
 	Packets, Bytes [2]uint64
+	// Created is when its first packet came, by CLOCK_MONOTONIC.
+	Created time.Duration
+	// RTT is the time that a TCP handshake took, as the pod's interface saw it; 0
+	// if it was not seen.
+	RTT time.Duration
+	// Reset says that a TCP connection was ended by a RST.
+	Reset bool
 }
 
 // Flows yields the tracked flows, those of endpoints that are gone included:
@@ -303,14 +337,7 @@ func (s *State) Flows() iter.Seq2[FlowEntry, error] {
 			return
 		}
 		for k, f := range all {
-			e := FlowEntry{
-				Endpoint: k.Endpoint, Direction: policy.Direction(f.Direction),
-				Local:    netip.AddrPortFrom(unwire(k.Local), k.LocalPort),
-				Peer:     netip.AddrPortFrom(unwire(k.Peer), k.PeerPort),
-				Protocol: policy.Protocol(k.Protocol), State: flow.State(f.State),
-				Verdict: flow.Verdict(f.Verdict), Reason: flow.Reason(f.Reason),
-				Rule: f.Rule, Ruleset: f.Ruleset, Packets: f.Packets, Bytes: f.Bytes,
-			}
+			e := flowEntry(&k, &f)
 			if b, ok := backends[k]; ok && f.Translated != 0 {
 				e.Backend = netip.AddrPortFrom(unwire(b.Address), b.Port)
 			}
@@ -319,6 +346,51 @@ func (s *State) Flows() iter.Seq2[FlowEntry, error] {
 			}
 		}
 	}
+}
+
+// ScanFlows calls took with each tracked flow, without the Backend, in little
+// memory however many there are. On a kernel that cannot read many entries at
+// once some may come twice.
+func (s *State) ScanFlows(took func(FlowEntry)) error {
+	m, err := s.m(bpf.DatapathMapFlows)
+	if err != nil {
+		return err
+	}
+	keys, values := make([]bpf.DatapathFlowKey, readSize), make([]bpf.DatapathFlow, readSize)
+	if readBatches(m, keys, values, func(n int) {
+		for i := range n {
+			took(flowEntry(&keys[i], &values[i]))
+		}
+	}) {
+		return nil
+	}
+	for k, f := range each[bpf.DatapathFlowKey, bpf.DatapathFlow](m, &err) {
+		took(flowEntry(&k, &f))
+	}
+	return err
+}
+
+func flowEntry(k *bpf.DatapathFlowKey, f *bpf.DatapathFlow) FlowEntry {
+	e := FlowEntry{
+		Endpoint: k.Endpoint, Direction: policy.Direction(f.Direction),
+		Local:    netip.AddrPortFrom(unwire(k.Local), k.LocalPort),
+		Peer:     netip.AddrPortFrom(unwire(k.Peer), k.PeerPort),
+		Protocol: policy.Protocol(k.Protocol), State: flow.State(f.State),
+		Verdict: flow.Verdict(f.Verdict), Reason: flow.Reason(f.Reason),
+		Rule: f.Rule, Ruleset: f.Ruleset, Packets: f.Packets, Bytes: f.Bytes,
+		Created: time.Duration(f.CreatedNs), Reset: wasReset(f),
+	}
+	if f.Flags&uint8(bpf.DatapathFlowFlagsFLOW_RTT) != 0 {
+		e.RTT = time.Duration(f.RttUs) * time.Microsecond
+	}
+	return e
+}
+
+// wasReset tells whether a flow was closed by anything but a FIN of both sides.
+func wasReset(f *bpf.DatapathFlow) bool {
+	const fins = uint8(bpf.DatapathFlowFlagsFLOW_FIN_INGRESS | bpf.DatapathFlowFlagsFLOW_FIN_EGRESS)
+	return bpf.DatapathFlowKind(f.Kind) == bpf.DatapathFlowKindFLOW_TCP &&
+		bpf.DatapathFlowState(f.State) == bpf.DatapathFlowStateFLOW_CLOSED && f.Flags&fins != fins
 }
 
 // backends reads what flows of Services were translated to, if there are any.

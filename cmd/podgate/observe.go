@@ -22,8 +22,12 @@ import (
 	"github.com/podgate/podgate/observe"
 	"github.com/podgate/podgate/observe/history"
 	"github.com/podgate/podgate/observe/hubble"
+	obsmetrics "github.com/podgate/podgate/observe/metrics"
 	"github.com/podgate/podgate/observe/naming"
+	"github.com/podgate/podgate/pinning"
 	"github.com/podgate/podgate/syncd/apiserver"
+	"github.com/podgate/podgate/syncd/manifest"
+	"github.com/podgate/podgate/syncd/metrics"
 	"github.com/podgate/podgate/syncd/nodeaddr"
 	"github.com/podgate/podgate/syncd/source"
 )
@@ -37,6 +41,10 @@ type observeFlags struct {
 	listen  string
 	files   hubble.TLSFiles
 	noTLS   bool
+	peers   map[string]string
+	metrics string
+	series  int
+	pprof   bool
 }
 
 func (a *app) observeCommand() *cobra.Command {
@@ -76,6 +84,10 @@ flows" asks it.`,
 	flags.StringVar(&f.files.Key, "tls-key-file", "", "its key")
 	flags.StringVar(&f.files.ClientCA, "tls-client-ca-file", "", "certificates of who signs those of clients")
 	flags.BoolVar(&f.noTLS, "disable-server-tls", false, "serve --listen in plain text to anybody")
+	flags.StringToStringVar(&f.peers, "peer", nil, "other nodes that observe, as NAME=ADDRESS, where no API server names them")
+	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics, /healthz and /readyz on, such as 127.0.0.1:9091 (default none)")
+	flags.IntVar(&f.series, "metrics-series", 10000, "series of one metric at most; what would be more is counted as \"other\"")
+	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof with the metrics")
 	cmd.MarkFlagsMutuallyExclusive("kubeconfig", "policy-dir")
 	cmd.MarkFlagsRequiredTogether("tls-cert-file", "tls-key-file", "tls-client-ca-file")
 	cmd.MarkFlagsMutuallyExclusive("tls-cert-file", "disable-server-tls")
@@ -91,8 +103,10 @@ func (a *app) hubbleSocket() string { return filepath.Join(a.runDirectory(), "hu
 
 func (a *app) observe(ctx context.Context, f observeFlags) (err error) {
 	logger := a.logger()
-	if f.history < 1 {
-		return fmt.Errorf("--history %d: must be at least 1", f.history)
+	for flag, n := range map[string]int{"history": f.history, "metrics-series": f.series} {
+		if n < 1 {
+			return fmt.Errorf("--%s %d: must be at least 1", flag, n)
+		}
 	}
 	if err := a.observeOrigin(&f.origin); err != nil {
 		return err
@@ -116,7 +130,17 @@ func (a *app) observe(ctx context.Context, f observeFlags) (err error) {
 	names := naming.NewTable(naming.Options{Node: f.origin.Node, Cluster: f.cluster, Local: nodeaddr.List})
 	ring := history.New(f.history)
 	server := hubble.NewServer(ring, names, options)
-	observer := observe.New(observe.Options{State: a.options(), Names: names, Ring: ring, Saw: server.Saw, Logger: logger})
+	if err := f.namePeers(names); err != nil {
+		return err
+	}
+	traffic := obsmetrics.NewTraffic(f.series)
+	observer := observe.New(observe.Options{
+		State: a.options(), Names: names, Ring: ring, Logger: logger,
+		Saw: func(records []history.Record) {
+			server.Saw(records)
+			traffic.Saw(records)
+		},
+	})
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return observer.Run(ctx) })
@@ -124,7 +148,46 @@ func (a *app) observe(ctx context.Context, f observeFlags) (err error) {
 	if !f.origin.empty() {
 		g.Go(func() error { return a.followNames(ctx, f.origin, names, logger) })
 	}
+	if f.metrics != "" {
+		kernel := obsmetrics.NewKernel(func(ctx context.Context) (obsmetrics.State, error) { return a.open(ctx) }, names, f.series)
+		g.Go(func() error { return scan(ctx, kernel, logger) })
+		server := metrics.Server{Gatherer: metrics.NewRegistry(traffic, kernel), Health: observer, Profiles: f.pprof}
+		g.Go(func() error { return server.Serve(ctx, f.metrics) })
+	}
 	return g.Wait()
+}
+
+// scanInterval is how often the table of flows is looked through: what is
+// closed stays in it for longer.
+const scanInterval = 5 * time.Second
+
+func scan(ctx context.Context, kernel *obsmetrics.Kernel, logger *slog.Logger) error {
+	tick := time.NewTicker(scanInterval)
+	defer tick.Stop()
+	for {
+		if err := kernel.Scan(ctx); err != nil && !errors.Is(err, pinning.ErrNotInstalled) && ctx.Err() == nil {
+			logger.Warn("flows are not looked through", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// namePeers makes known the nodes that --peer names.
+func (f *observeFlags) namePeers(names *naming.Table) error {
+	var b source.Batch
+	for name, address := range f.peers {
+		addr, err := netip.ParseAddr(address)
+		if err != nil {
+			return fmt.Errorf("--peer %s=%s: %w", name, address, err)
+		}
+		b.Set = append(b.Set, manifest.Object{Key: manifest.Key{Kind: manifest.KindNode, Name: name}, Addresses: []netip.Addr{addr}})
+	}
+	names.Apply(b)
+	return nil
 }
 
 // observeOrigin completes where names come from: from where podgate sync has its

@@ -9,8 +9,11 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
+	"net/http"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -188,6 +191,20 @@ func TestObserve(t *testing.T) {
 	if !strings.Contains(out, "isolated, no rule matched") || !strings.Contains(out, "shop/stranger") {
 		t.Errorf("podgate flows prints\n%s", out)
 	}
+	// The rule was used, and what no rule allows is known.
+	var usage usageReport
+	l.json(0, &usage, "policy", "--usage")
+	if len(usage.Unused) != 0 || len(usage.Attempts) == 0 {
+		t.Errorf("usage is %+v", usage)
+	}
+	for _, u := range usage.Attempts {
+		if u.Pod == "shop/web" && u.Peer == "shop/stranger" && (u.Port != 80 || u.Direction != "ingress" || u.Count < 2 || u.Verdict != "denied") {
+			t.Errorf("attempt is %+v", u)
+		}
+	}
+	if out := l.ok(0, "policy", "--usage"); !strings.Contains(out, "80/TCP") || !strings.Contains(out, "shop/stranger") {
+		t.Errorf("podgate policy --usage prints\n%s", out)
+	}
 }
 
 func TestObserveFollow(t *testing.T) {
@@ -267,4 +284,86 @@ func TestObserveRestarts(t *testing.T) {
 	if code, _, _ := l.run("flows"); code != 0 {
 		t.Errorf("podgate flows after the observer: %d", code)
 	}
+}
+
+// Metrics say what the traffic was: exactly where the kernel counts.
+func TestObserveMetrics(t *testing.T) {
+	t.Parallel()
+	l := newLab(t)
+	l.write("shop.yaml", observePolicy)
+	l.sync()
+	for _, pod := range []string{"web", "client", "stranger"} {
+		l.addPod(pod)
+	}
+	l.until("enforcing", func() bool { return states(l.status())["shop/web"] == "enforcing" })
+	l.listen("web")
+	const address = "127.0.0.1:9091"
+	l.background("observe", "--metrics", address, "--pprof")
+	client := http.Client{Transport: &http.Transport{
+		// The connection is the node's, wherever the client makes it.
+		DialContext: func(ctx context.Context, network, addr string) (c net.Conn, err error) {
+			err = l.node.Do(func() error {
+				c, err = (&net.Dialer{}).DialContext(ctx, network, addr)
+				return err
+			})
+			return c, err
+		},
+		DisableKeepAlives: true,
+	}}
+	get := func(path string) (code int, body string) {
+		response, err := client.Get("http://" + address + path)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer response.Body.Close()
+		text, err := io.ReadAll(response.Body)
+		if err != nil {
+			return 0, err.Error()
+		}
+		return response.StatusCode, string(text)
+	}
+	l.until("ready", func() bool { code, _ := get("/readyz"); return code == http.StatusOK })
+	lines := func() map[string]float64 {
+		_, body := get("/metrics")
+		out := make(map[string]float64)
+		for line := range strings.Lines(body) {
+			if name, value, ok := cutLast(strings.TrimSpace(line)); ok {
+				if n, err := strconv.ParseFloat(value, 64); err == nil {
+					out[name] = n
+				}
+			}
+		}
+		return out
+	}
+	reaches := l.reaches("client", "web")
+	if !reaches || l.reaches("stranger", "web") {
+		t.Fatal("policy is not what the test needs")
+	}
+	for name, atLeast := range map[string]float64{
+		`podgate_flows_total{direction="ingress",namespace="shop",peer="client",peer_kind="Pod",peer_namespace="shop",policy="shop/only-client",reason="policy",verdict="allowed",workload="web",workload_kind="Deployment"}`: 2,
+		`podgate_packets_total{direction="ingress",namespace="shop",verdict="allowed",workload="web",workload_kind="Deployment"}`:                                                                                             6,
+		`podgate_packets_total{direction="ingress",namespace="shop",verdict="denied",workload="web",workload_kind="Deployment"}`:                                                                                              2,
+		`podgate_bytes_total{direction="egress",namespace="shop",verdict="allowed",workload="client",workload_kind="Pod"}`:                                                                                                    300,
+		`podgate_dropped_packets_total{direction="ingress",reason="default"}`:                                                                                                                                                 2,
+		`podgate_policy_packets_total{action="allow",direction="ingress",kind="NetworkPolicy",namespace="shop",policy="only-client"}`:                                                                                         2,
+		`podgate_tcp_handshake_seconds_count{direction="egress",namespace="shop",workload="client",workload_kind="Pod"}`:                                                                                                      1,
+		`podgate_observe_up`: 1,
+	} {
+		l.until(name, func() bool { return lines()[name] >= atLeast })
+	}
+	if code, _ := get("/healthz"); code != http.StatusOK {
+		t.Errorf("/healthz: %d", code)
+	}
+	if code, _ := get("/debug/pprof/cmdline"); code != http.StatusOK {
+		t.Errorf("/debug/pprof: %d", code)
+	}
+}
+
+// cutLast cuts a line of metrics before its value.
+func cutLast(line string) (name, value string, ok bool) {
+	i := strings.LastIndexByte(line, ' ')
+	if i < 0 || strings.HasPrefix(line, "#") {
+		return "", "", false
+	}
+	return line[:i], line[i+1:], true
 }

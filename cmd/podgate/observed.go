@@ -28,19 +28,37 @@ import (
 
 // observedFlows asks podgate observe, which holds the events. held is the error
 // if it is somebody else who does.
-func (a *app) observedFlows(ctx context.Context, f flowFilter, follow bool, held error) (err error) {
+func (a *app) observedFlows(ctx context.Context, f flowFilter, follow bool, held error) error {
+	request := &observerpb.GetFlowsRequest{Follow: follow}
+	if follow {
+		request.Number = math.MaxUint64 // what there is, and what comes
+	}
+	err := a.askObserver(ctx, request, func(r flowReport) error {
+		if !f.matches(&r) {
+			return nil
+		}
+		return a.writeFlow(&r)
+	})
+	if errors.Is(err, errNoObserver) {
+		return fmt.Errorf("%w; and %w", held, err)
+	}
+	return err
+}
+
+// errNoObserver says that podgate observe does not run here.
+var errNoObserver = errors.New("podgate observe does not answer")
+
+// askObserver asks podgate observe for flows. It fails with errNoObserver if
+// there is none.
+func (a *app) askObserver(ctx context.Context, request *observerpb.GetFlowsRequest, took func(flowReport) error) (err error) {
 	c, err := grpc.NewClient("unix://"+a.hubbleSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, c.Close()) }()
-	request := &observerpb.GetFlowsRequest{Follow: follow}
-	if follow {
-		request.Number = math.MaxUint64 // what there is, and what comes
-	}
 	stream, err := observerpb.NewObserverClient(c).GetFlows(ctx, request)
 	if err != nil {
-		return fmt.Errorf("%w; and podgate observe does not answer: %w", held, err)
+		return fmt.Errorf("%w: %w", errNoObserver, err)
 	}
 	for {
 		answer, err := stream.Recv()
@@ -48,18 +66,15 @@ func (a *app) observedFlows(ctx context.Context, f flowFilter, follow bool, held
 		case errors.Is(err, io.EOF), ctx.Err() != nil:
 			return nil
 		case status.Code(err) == codes.Unavailable:
-			return fmt.Errorf("%w; and podgate observe does not answer: %w", held, err)
+			return fmt.Errorf("%w: %w", errNoObserver, err)
 		case err != nil:
 			return err
 		}
 		if lost := answer.GetLostEvents(); lost != nil {
 			a.complain("podgate: %s were lost: the ring was full\n", plural(int(lost.GetNumEventsLost()), "event", "events"))
 		}
-		if answer.GetFlow() == nil {
-			continue
-		}
-		if r := observedReport(answer.GetFlow()); f.matches(&r) {
-			if err := a.writeFlow(&r); err != nil {
+		if f := answer.GetFlow(); f != nil {
+			if err := took(observedReport(f)); err != nil {
 				return err
 			}
 		}

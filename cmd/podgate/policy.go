@@ -9,7 +9,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -53,14 +52,23 @@ type ruleReport struct {
 }
 
 func (a *app) policyCommand() *cobra.Command {
+	var usage bool
 	cmd := &cobra.Command{
 		Use:   "policy [POD | CONTAINER]...",
 		Short: "Show what is enforced on endpoints, rule by rule, with counters",
 		Long: `Shows the policies that are in force on each endpoint, or on those of the pods
 (namespace/name) or containers named, as the kernel has them: rule by rule, with
-the packets each has judged. Counters of a rule are those of all its endpoints.`,
-		Example: `  podgate policy shop/web`,
+the packets each has judged. Counters of a rule are those of all its endpoints.
+
+With --usage it shows instead which rules no packet has matched since they were
+pinned, and what was denied, or would have been under audit, because no rule
+allows it: as far as podgate observe remembers.`,
+		Example: `  podgate policy shop/web
+  podgate policy --usage`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if usage {
+				return a.policyUsage(cmd.Context(), args)
+			}
 			reports, err := a.policyReports(cmd.Context(), args)
 			if err != nil {
 				return err
@@ -69,6 +77,7 @@ the packets each has judged. Counters of a rule are those of all its endpoints.`
 		},
 		ValidArgsFunction: a.completeEndpoints,
 	}
+	cmd.Flags().BoolVar(&usage, "usage", false, "show rules that nothing matched, and attempts that no rule allows")
 	return cmd
 }
 
@@ -141,22 +150,11 @@ func (a *app) policyReports(ctx context.Context, args []string) ([]policyReport,
 
 // pinnedRules are all rules in force, by policy and direction.
 func pinnedRules(state *pinning.State) (map[ruleOwner][]pinning.Rule, error) {
-	usage, err := state.Usage()
-	if err != nil {
-		return nil, err
-	}
-	at := slices.IndexFunc(usage, func(u pinning.MapUsage) bool { return u.Name == "rule_info" })
 	out := make(map[ruleOwner][]pinning.Rule)
-	// Numbers are given out in turn, so those in use may be anywhere.
-	for id, left := uint32(1), usage[at].Used; id <= usage[at].Max && left > 0; id++ {
-		rule, err := state.Rule(id)
-		if errors.Is(err, pinning.ErrNotFound) {
-			continue
-		}
+	for rule, err := range state.Rules() {
 		if err != nil {
 			return nil, err
 		}
-		left--
 		owner := ruleOwner{rule.Policy.ID, rule.Direction}
 		out[owner] = append(out[owner], rule)
 	}

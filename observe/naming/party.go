@@ -14,9 +14,10 @@ import (
 
 // Party is one end of a flow. It is shared and never changes.
 type Party struct {
-	// Namespace and Pod are empty for what is no pod.
-	Namespace, Pod string
-	Workload       manifest.Workload
+	// Namespace and Pod are empty for what is no pod. Reserved is the word for
+	// what that is: "world", "host" or "remote-node".
+	Namespace, Pod, Reserved string
+	Workload                 manifest.Workload
 	// Labels as Hubble writes them: "k8s:app=web", sorted.
 	Labels []string
 	// Identity is a number that parties with the same labels share, on all nodes.
@@ -45,7 +46,7 @@ func Host() *Party { return reserved(identityHost, "host") }
 func RemoteNode() *Party { return reserved(identityRemoteNode, "remote-node") }
 
 func reserved(id uint32, name string) *Party {
-	return &Party{Identity: id, Labels: []string{"reserved:" + name}}
+	return &Party{Identity: id, Reserved: name, Labels: []string{"reserved:" + name}}
 }
 
 // Labels that Cilium adds to those of a pod.

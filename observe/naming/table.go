@@ -42,6 +42,9 @@ type Options struct {
 // as late as possible, which takes longer.
 const stale = 5 * time.Second
 
+// patience is how often it is looked whether an unknown endpoint has come.
+const patience = 100 * time.Millisecond
+
 // limit bounds each of the caches that grow with traffic.
 const limit = 8192
 
@@ -80,6 +83,7 @@ type Table struct {
 	// What was read of the state. Events of endpoints that have just gone are
 	// still under way: former are those of the reading before.
 	dirty             bool
+	read              time.Time
 	endpoints, former map[uint32]*Party
 	attached          map[netip.Addr]*Party
 	local             map[netip.Addr]struct{}
@@ -237,17 +241,15 @@ func (t *Table) Name(now time.Time, flows []flow.Flow, names []Names) error {
 	if now.Sub(t.cached) > stale || len(t.peers)+len(t.services) > limit {
 		t.forget(now)
 	}
+	// An endpoint that is not known may have come meanwhile, or be long gone.
+	unknown := func(f flow.Flow) bool { return t.endpoints[f.Endpoint] == nil && t.former[f.Endpoint] == nil }
 	var err error
-	if t.dirty {
+	if t.dirty || now.Sub(t.read) > patience && slices.ContainsFunc(flows, unknown) {
 		err = t.readEndpoints()
+		t.read = now
 	}
-	read := false
 	for i := range flows {
-		f := &flows[i]
-		if _, ok := t.endpoints[f.Endpoint]; !ok && !read {
-			err, read = t.readEndpoints(), true // once is enough for all of them
-		}
-		names[i] = t.name(f)
+		names[i] = t.name(&flows[i])
 	}
 	return err
 }
@@ -263,6 +265,20 @@ func (t *Table) name(f *flow.Flow) Names {
 		n.Service = t.service(f.Peer, f.Protocol)
 	}
 	return n
+}
+
+// Endpoint names an endpoint.
+func (t *Table) Endpoint(ep *pinning.Endpoint) *Party {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.endpointParty(ep)
+}
+
+// ByID names an endpoint by its number; one that is gone is [World].
+func (t *Table) ByID(id uint32) *Party {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return cmp.Or(t.endpoints[id], t.former[id], t.world)
 }
 
 // endpoint names the pod's side of a flow. Its address does if nothing else is

@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -39,6 +40,8 @@ type Prober interface {
 type Server struct {
 	Gatherer prometheus.Gatherer
 	Health   Prober
+	// Profiles serves net/http/pprof too, under /debug/pprof.
+	Profiles bool
 }
 
 // Handler answers the requests.
@@ -49,6 +52,13 @@ func (s Server) Handler() http.Handler {
 	}
 	mux.Handle("GET /healthz", probe(s.Health.Alive))
 	mux.Handle("GET /readyz", probe(s.Health.Ready))
+	if s.Profiles {
+		mux.HandleFunc("/debug/pprof/", pprof.Index)
+		mux.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("/debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
+	}
 	return mux
 }
 

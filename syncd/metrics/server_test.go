@@ -41,7 +41,7 @@ func TestServer(t *testing.T) {
 				figures.Report(s, nil, nil)
 				health.Report(s)
 			}
-			server := httptest.NewServer(Server{NewRegistry(figures), health}.Handler())
+			server := httptest.NewServer(Server{Gatherer: NewRegistry(figures), Health: health}.Handler())
 			defer server.Close()
 			get := func(path string) (int, string) {
 				resp, err := http.Get(server.URL + path)
@@ -69,7 +69,7 @@ func TestServer(t *testing.T) {
 }
 
 func TestServe(t *testing.T) {
-	server := Server{NewRegistry(), NewHealth()}
+	server := Server{Gatherer: NewRegistry(), Health: NewHealth()}
 	if err := server.Serve(t.Context(), "127.0.0.1:nope"); err == nil || !strings.Contains(err.Error(), "nope") {
 		t.Errorf("serve at a port that is none: %v", err)
 	}
