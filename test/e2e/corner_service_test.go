@@ -13,6 +13,7 @@ import (
 
 	core "k8s.io/api/core/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
 // serviceLab is a client on n1, a server that its egress policy allows and one
@@ -190,6 +191,77 @@ spec:
   egress: [{ to: [{ podSelector: { matchLabels: { app: good } } }] }]
 `)
 	l.expect(reach(answered, l.allowedSvc), reach(dropped, l.deniedSvc))
+}
+
+// testHostNetworkBackends: backends on the host network are addresses of their
+// nodes. No selector means them; the own node is always reached.
+func testHostNetworkBackends(t *testing.T, s *suite) {
+	l := s.lab(t)
+	const port = 18180
+	client := l.newPod(podSpec{name: "client", node: "n1"})
+	services := map[string]*core.Service{}
+	nodes := map[string]*pod{}
+	for _, node := range []string{"n1", "n2"} {
+		nodes[node] = l.newPod(podSpec{
+			name: "host-" + node, node: node, labels: map[string]string{"app": "host", "on": node},
+			change: func(p *core.Pod) {
+				p.Spec.HostNetwork = true
+				p.Spec.Containers[0].Args = []string{"netexec", fmt.Sprintf("--http-port=%d", port), "--udp-port=-1"}
+			},
+		})
+		svc, err := l.Client.CoreV1().Services(l.namespace).Create(t.Context(), &core.Service{
+			ObjectMeta: meta.ObjectMeta{Name: "host-" + node},
+			Spec: core.ServiceSpec{
+				Selector: map[string]string{"on": node}, IPFamilyPolicy: new(core.IPFamilyPolicyRequireDualStack),
+				Ports: []core.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(port)}},
+			},
+		}, meta.CreateOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		services[node] = svc
+	}
+	connects := func(node string, want bool) {
+		t.Helper()
+		l.eventually(fmt.Sprintf("connection to host-%s: %v", node, want), func(context.Context) error {
+			for _, ip := range services[node].Spec.ClusterIPs {
+				to := netip.AddrPortFrom(netip.MustParseAddr(ip), 80)
+				c, err := client.dial("tcp", to)
+				if err == nil {
+					c.Close()
+				}
+				if (err == nil) != want {
+					return fmt.Errorf("%s: %w", to, err)
+				}
+			}
+			return nil
+		})
+	}
+	connects("n1", true)
+	connects("n2", true)
+	l.policy(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress: [{ to: [{ podSelector: { matchLabels: { app: host } } }] }]
+`)
+	connects("n2", false)
+	connects("n1", true)
+	var blocks string
+	for _, a := range nodes["n2"].Addresses {
+		blocks += fmt.Sprintf("\n    - { ipBlock: { cidr: %s/%d } }", a, a.BitLen())
+	}
+	l.policy(fmt.Sprintf(`
+metadata: { name: egress }
+spec:
+  podSelector: { matchLabels: { pod: client } }
+  policyTypes: [Egress]
+  egress:
+  - to:%s
+    ports: [{ port: %d }]
+`, blocks, port))
+	connects("n2", true)
 }
 
 // testRepliesThroughService: answers of a Service's backends belong to the

@@ -17,6 +17,7 @@ func testCorner(t *testing.T, s *suite) {
 		{"EgressThroughService", testEgressThroughService},
 		{"EgressThroughNodePort", testEgressThroughNodePort},
 		{"EgressThroughExternalAddress", testEgressThroughExternalAddress},
+		{"HostNetworkBackends", testHostNetworkBackends},
 		{"RepliesThroughService", testRepliesThroughService},
 		{"SessionAffinity", testSessionAffinity},
 		{"HeadlessService", testHeadlessService},
