@@ -45,27 +45,24 @@ var outputs = []string{"podgate-linux-amd64.cdx.json", "podgate-linux-arm64.cdx.
 func build(t *testing.T, dir, image string) (bin string) {
 	t.Helper()
 	dir = filepath.Join(t.TempDir(), dir)
-	list := exec.CommandContext(t.Context(), "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-	list.Dir = "../.."
-	files, err := list.Output()
-	if err != nil {
-		t.Fatalf("git ls-files: %v", err)
-	}
-	for file := range strings.SplitSeq(strings.TrimRight(string(files), "\x00"), "\x00") {
-		content, err := os.ReadFile(filepath.Join("../..", file))
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // deleted, and not committed yet
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+	err := fs.WalkDir(os.DirFS("../.."), ".", func(file string, d fs.DirEntry, err error) error {
 		to := filepath.Join(dir, file)
-		if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-			t.Fatal(err)
+		switch {
+		case err != nil:
+			return err
+		case file == "bin", file == ".git":
+			return fs.SkipDir
+		case d.IsDir():
+			return os.MkdirAll(to, 0o755)
 		}
-		if err := os.WriteFile(to, content, 0o644); err != nil {
-			t.Fatal(err)
+		content, err := os.ReadFile(filepath.Join("../..", file))
+		if err != nil {
+			return err
 		}
+		return os.WriteFile(to, content, 0o644)
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 	run := exec.CommandContext(t.Context(), "make", "image-push",
 		"IMAGE="+image, "VERSION="+version, "SOURCE_DATE_EPOCH=1700000000")
