@@ -21,7 +21,7 @@ TESTFLAGS  ?= -timeout 15m
 BENCHFLAGS ?=
 E2EFLAGS   ?=
 
-# What makes the image, tests that link other evaluators of policy or speak to a
+# What makes the image and the manifests, tests that link other evaluators of policy or speak to a
 # container runtime: what they require stays out of our go.mod.
 MODULES  = . $(patsubst %/go.mod,%,$(wildcard install/*/go.mod test/*/go.mod))
 C_FILES  = $(shell find bpf test -name '*.[ch]')
