@@ -499,8 +499,11 @@ func (s *State) Sweep(_ context.Context) error {
 			errs = append(errs, s.removeRuleset(id))
 		}
 	}
-	chosen := s.chosen()
+	var chosen map[uint32]struct{}
 	for _, id := range a.classes.due(before) {
+		if chosen == nil {
+			chosen = s.chosen() // looks at every Service
+		}
 		if _, used := chosen[id]; !used {
 			errs = append(errs, s.removeClass(id))
 		}
