@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	runtimemetrics "runtime/metrics"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -83,10 +84,28 @@ What is enforced stays when this process ends, however it ends.`,
 	return cmd
 }
 
-// garbagePercent is how much garbage the daemon may have, in percent of what it
-// keeps: it runs on every node and keeps something of every pod of the cluster.
-// GOGC in the environment overrides it.
-const garbagePercent = 25
+// The daemon runs on every node and keeps something of every pod of the cluster:
+// what it has no use for any more may be a quarter of what it keeps, but so much
+// that the collector has not to run all the time where that is little.
+const (
+	garbagePercent = 25
+	garbageLeast   = 16 << 20
+)
+
+// tuneCollector answers what to call now and then to have it so. GOGC in the
+// environment overrides it.
+func tuneCollector() func() {
+	live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	now := 100
+	return func() {
+		runtimemetrics.Read(live)
+		percent := min(100, max(garbagePercent, int(garbageLeast*100/max(1, live[0].Value.Uint64()))))
+		if percent != now {
+			debug.SetGCPercent(percent)
+			now = percent
+		}
+	}
+}
 
 // capacityFlags are those of the commands that make an instance. An instance
 // that exists keeps the capacity it has.
@@ -117,8 +136,9 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	if err := f.origin.complete(a.Getenv); err != nil {
 		return err
 	}
+	tune := func() {}
 	if a.Getenv("GOGC") == "" {
-		debug.SetGCPercent(garbagePercent)
+		tune = tuneCollector()
 	}
 	run, err := status.Acquire(a.runDirectory())
 	if err != nil {
@@ -151,6 +171,7 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 			s.PID, s.Version, s.Started = os.Getpid(), version, started
 			s.Origin, s.Once = f.origin.Origin, f.once
 			health.Report(s)
+			tune()
 			if err := run.Write(s); err != nil {
 				logger.Error("status not written", "error", err)
 			}
