@@ -20,6 +20,7 @@ GOBUILD  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version
 TESTFLAGS  ?= -timeout 15m
 BENCHFLAGS ?=
 E2EFLAGS   ?=
+SCALEFLAGS ?=
 
 # What makes the image and the manifests, tests that link other evaluators of policy or speak to a
 # container runtime: what they require stays out of our go.mod.
@@ -105,6 +106,11 @@ cluster: root e2e-build ## a Kubernetes cluster with podgate, to look at (as roo
 .PHONY: bench
 bench: root ## benchmarks, against floors measured in the same run (as root)
 	$(GO) test -run '^$$' -bench . -benchtime 1x -timeout 30m $(BENCHFLAGS) ./test/bench
+
+# SCALEFLAGS='-pods 30000 -churn 10s' runs one size, for less long.
+.PHONY: scale
+scale: root ## play clusters of up to 150,000 pods to one daemon (as root)
+	$(GO) -C test/scale run . -out $(CURDIR)/docs/scale $(SCALEFLAGS)
 
 .PHONY: root
 root:
