@@ -5,6 +5,7 @@ package filter
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -287,11 +288,32 @@ func parsePrefix(text string) (netip.Prefix, error) {
 	return netip.PrefixFrom(addr, addr.BitLen()), nil
 }
 
+// eventAccessLog is the type of events that are about requests, see Cilium's
+// pkg/monitor/api.
+const eventAccessLog = 129
+
+// httpStatus is a status code of HTTP, or what several begin with and a plus.
+const httpStatus = `^[1-5](?:[0-9]{2}|[0-9]?\+)$`
+
 // http matches nothing: there are no requests in what the kernel sees of a
-// flow.
+// flow. What Hubble would refuse is an error all the same.
 func http(f *flowpb.FlowFilter) (Func, error) {
 	if len(f.GetHttpStatusCode())+len(f.GetHttpMethod())+len(f.GetHttpPath())+len(f.GetHttpUrl())+len(f.GetHttpHeader()) == 0 {
 		return nil, nil
+	}
+	requests := func(t *flowpb.EventTypeFilter) bool { return t.GetType() == eventAccessLog }
+	if types := f.GetEventType(); len(types) > 0 && !slices.ContainsFunc(types, requests) {
+		return nil, errors.New("event types other than l7 have no requests")
+	}
+	for _, expression := range slices.Concat(f.GetHttpPath(), f.GetHttpUrl()) {
+		if _, err := regexp.Compile(expression); err != nil {
+			return nil, err
+		}
+	}
+	for _, code := range f.GetHttpStatusCode() {
+		if ok, err := regexp.MatchString(httpStatus, code); err != nil || !ok {
+			return nil, errors.Join(fmt.Errorf("status code %q", code), err)
+		}
 	}
 	return func(*flowpb.Flow) bool { return false }, nil
 }
