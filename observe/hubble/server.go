@@ -61,12 +61,16 @@ func NewServer(ring *history.Ring, names *naming.Table, opts Options) *Server {
 	return s
 }
 
+// healthName is what Hubble's command line and relay ask the health of, which is
+// not in the API: Cilium's pkg/hubble/api/v1.
+const healthName = "hubble.server.Observer"
+
 // Register registers the services: flows, peers, and the health of both.
 func (s *Server) Register(g grpc.ServiceRegistrar) {
 	observerpb.RegisterObserverServer(g, s)
 	peerpb.RegisterPeerServer(g, s)
 	h := health.NewServer()
-	for _, name := range []string{observerpb.Observer_ServiceDesc.ServiceName, peerpb.Peer_ServiceDesc.ServiceName} {
+	for _, name := range []string{healthName, observerpb.Observer_ServiceDesc.ServiceName, peerpb.Peer_ServiceDesc.ServiceName} {
 		h.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
 	}
 	healthpb.RegisterHealthServer(g, h)
