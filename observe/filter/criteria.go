@@ -310,9 +310,13 @@ func http(f *flowpb.FlowFilter) (Func, error) {
 			return nil, err
 		}
 	}
+	status, err := regexp.Compile(httpStatus)
+	if err != nil {
+		return nil, err
+	}
 	for _, code := range f.GetHttpStatusCode() {
-		if ok, err := regexp.MatchString(httpStatus, code); err != nil || !ok {
-			return nil, errors.Join(fmt.Errorf("status code %q", code), err)
+		if !status.MatchString(code) {
+			return nil, fmt.Errorf("status code %q", code)
 		}
 	}
 	return func(*flowpb.Flow) bool { return false }, nil
