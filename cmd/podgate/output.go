@@ -52,7 +52,7 @@ const (
 
 // paint colours text on a terminal, unless no-color.org says not to.
 func (a *app) paint(s style, text string) string {
-	const off = "NO_COLOR" //nolint:misspell // its name
+	const off = "NO_COLOR"
 	if s == plain || !a.Terminal || a.Getenv(off) != "" || a.Getenv("TERM") == "dumb" {
 		return text
 	}

@@ -247,7 +247,7 @@ func TestPaint(t *testing.T) {
 	}{
 		{false, nil, "x"},
 		{true, nil, "\x1b[31mx\x1b[0m"},
-		{true, map[string]string{"NO_COLOR": "1"}, "x"}, //nolint:misspell // its name
+		{true, map[string]string{"NO_COLOR": "1"}, "x"},
 		{true, map[string]string{"TERM": "dumb"}, "x"},
 	} {
 		a, _ := testApp(tt.variables)

@@ -15,7 +15,7 @@ type style struct{ colour bool }
 // newStyle is plain when f is no terminal or the environment says so
 // (https://no-color.org).
 func newStyle(f *os.File) style {
-	const off = "NO_COLOR" //nolint:misspell // its name
+	const off = "NO_COLOR"
 	return style{colour: term.IsTerminal(int(f.Fd())) && os.Getenv(off) == ""}
 }
 

@@ -57,7 +57,7 @@ func (s *suite) upstream(t *testing.T, name, focus string, limit time.Duration) 
 			"--disable-log-dump",
 			"--ginkgo.focus=" + focus,
 			"--ginkgo.skip=" + skippedSpecs,
-			"--ginkgo.no-color", //nolint:misspell // its name
+			"--ginkgo.no-color",
 			"--ginkgo.timeout=" + limit.String(),
 			"--ginkgo.junit-report=" + report,
 		}})
