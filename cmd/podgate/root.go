@@ -123,7 +123,7 @@ func hintFor(err error) string {
 	case errors.Is(err, pinning.ErrNotInstalled):
 		return `Run "podgate init" or "podgate sync" as root to set it up, or name the right --bpffs and --instance.`
 	case errors.Is(err, pinning.ErrNoBPFFS):
-		return `Have the node mount it: "mount -t bpf bpf /sys/fs/bpf", as systemd does.`
+		return `Have the node mount it: "mount -t bpf bpf /sys/fs/bpf", as systemd does, and the chart's mountBPFFS.`
 	case errors.Is(err, pinning.ErrABI):
 		return "This podgate and the one that set the node up are of different versions: use that one, or drain the node and remove the pinned state."
 	case errors.Is(err, pinning.ErrFull):

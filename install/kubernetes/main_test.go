@@ -71,6 +71,7 @@ func TestValues(t *testing.T) {
 		"places": {map[string]any{"cni": map[string]any{"confDir": "/c", "binDir": "/b", "cacheDir": "/v", "netnsDir": "/n"}, "bpffs": "/f", "stateDir": "/s", "runDir": "/r"},
 			[]string{"--conf-dir=/c", "--bin-dir=/b", "--cni-cache-dir=/v", "path: /n", "--bpffs=/f", "--state-dir=/s", "--run-dir=/r/podgate", "mountPath: /c", "path: /s"}},
 		"capacity":   {map[string]any{"capacity": map[string]any{"flows": 524288.0, "eventBytes": 4194304.0}}, []string{"--capacity-flows=524288", "--capacity-event-bytes=4194304"}},
+		"mount":      {map[string]any{"mountBPFFS": true}, []string{"- init\n        - --bpffs=/sys/fs/bpf", "privileged: true", "mountPropagation: Bidirectional"}},
 		"audit":      {map[string]any{"auditPods": true}, []string{"--audit-pods"}},
 		"metrics":    {map[string]any{"metrics": map[string]any{"host": "127.0.0.1", "port": 1234}}, []string{"--metrics=127.0.0.1:1234", "containerPort: 1234"}},
 		"probes":     {map[string]any{"installer": map[string]any{"probePort": 1235}}, []string{"--probes=127.0.0.1:1235", "port: 1235"}},

@@ -311,10 +311,13 @@ func (s *site) contains(n *cluster.Node, text string) {
 
 func (s *site) chart() string { return filepath.Join(s.root, "install", "kubernetes", "podgate") }
 
-// testHelm: the chart, with an option changed on the way.
+// testHelm: the chart, with an option changed on the way. A node has no BPF file
+// system, as those of kind have none.
 func testHelm(s *site) {
 	l := s.newLab()
-	image := []string{"--set", "image.repository=" + build.PodgateImage, "--set", "image.tag=" + firstVersion}
+	_, err := s.Nodes[1].Exec(s.t.Context(), "/bin/bash", "-c", "umount /sys/fs/bpf")
+	s.must(err)
+	image := []string{"--set", "image.repository=" + build.PodgateImage, "--set", "image.tag=" + firstVersion, "--set", "mountBPFFS=true"}
 	s.helm(append([]string{"install", "podgate", s.chart(), "--create-namespace"}, image...)...)
 	s.rolledOut("podgate")
 	l.expect(l.verdicts()...)
