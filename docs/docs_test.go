@@ -20,7 +20,6 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
-	"github.com/podgate/podgate/bpf"
 	"github.com/podgate/podgate/conf"
 )
 
@@ -215,29 +214,5 @@ func TestFlags(t *testing.T) {
 				t.Errorf("podgate %s: %s is documented and does not exist", strings.Join(tt.commands, ", "), f)
 			}
 		}
-	}
-}
-
-// TestPins compares the list of maps in bpftool.md with the object's.
-func TestPins(t *testing.T) {
-	spec, err := bpf.LoadDatapath()
-	if err != nil {
-		t.Fatal(err)
-	}
-	text := pages(t)["bpftool.md"]
-	var want []string
-	for name := range spec.Maps {
-		if name != bpf.DatapathMapScratches && !strings.HasPrefix(name, ".") {
-			want = append(want, name)
-		}
-	}
-	var got []string
-	for _, m := range regexp.MustCompile(`(?m)^\./maps/(\w+) `).FindAllStringSubmatch(text, -1) {
-		got = append(got, m[1])
-	}
-	slices.Sort(want)
-	slices.Sort(got)
-	if !slices.Equal(got, want) {
-		t.Errorf("bpftool.md lists %q, pinned are %q", got, want)
 	}
 }
