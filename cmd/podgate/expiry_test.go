@@ -147,6 +147,7 @@ func TestWatchExpired(t *testing.T) {
 		t.Error("a client does not reach web")
 	}
 
+	severed := time.Now()
 	g.sever()
 	// Who was never allowed is not for a moment.
 	done, leaked := make(chan struct{}), make(chan int, 1)
@@ -174,8 +175,10 @@ func TestWatchExpired(t *testing.T) {
 	c.until("said", func() bool { return hasProblem(c.status(), "what it said before stays in force") })
 	c.enforced("while nothing is heard")
 	g.mu.Lock()
-	if g.refused > 100 {
-		t.Errorf("%d connections were tried while there were none", g.refused)
+	// Six kinds of objects, each a few times in its first seconds, then ever
+	// more rarely: a machine that is slow here has longer to try.
+	if limit := 60 + 6*int(time.Since(severed)/time.Second); g.refused > limit {
+		t.Errorf("%d connections were tried while there were none, want at most %d", g.refused, limit)
 	}
 	g.mu.Unlock()
 
