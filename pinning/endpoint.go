@@ -214,6 +214,12 @@ func unwireEndpoint(k *bpf.DatapathAttachment, w *bpf.DatapathEndpoint) (Endpoin
 		Created: time.Unix(0, int64(w.CreatedNs)).UTC(),
 	}
 	if int(w.AddressesCount) > len(w.Addresses) {
+		// Whoever cleans up releases what is there.
+		for _, a := range w.Addresses {
+			if a != (bpf.DatapathAddress{}) {
+				e.Addresses = append(e.Addresses, unwire(a))
+			}
+		}
 		return e, fmt.Errorf("endpoint %s: %w: %d addresses", e.Key, ErrInvalid, w.AddressesCount)
 	}
 	for _, a := range w.Addresses[:w.AddressesCount] {
@@ -318,12 +324,14 @@ func each[K comparable, V any](m *ebpf.Map, failed *error) iter.Seq2[K, V] {
 }
 
 // keysOf lists a hash's keys. Removal of the key the walk stands on starts the
-// kernel's walk over, so keys may be met twice.
+// kernel's walk over, so keys may be met twice. A walk that is started over
+// for ever is an error: what it has met by then need not be all.
 func keysOf[K comparable](m *ebpf.Map) ([]K, error) {
 	var keys []K
 	seen := map[K]struct{}{}
 	var prev any
-	for n := uint64(0); n < 4*uint64(m.MaxEntries())+16; n++ {
+	most := 4*uint64(m.MaxEntries()) + 16
+	for range most {
 		var next K
 		if err := m.NextKey(prev, &next); errors.Is(err, ebpf.ErrKeyNotExist) {
 			return keys, nil
@@ -336,5 +344,5 @@ func keysOf[K comparable](m *ebpf.Map) ([]K, error) {
 		}
 		prev = &next
 	}
-	return keys, nil
+	return nil, fmt.Errorf("walk %s: entries were removed faster than read: no end after %d steps", m, most)
 }

@@ -8,6 +8,7 @@ package pinning_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -319,6 +320,43 @@ func TestGC(t *testing.T) {
 	}
 	if err := l.check(keys[3], pinning.Endpoint{}); err != nil {
 		t.Errorf("another network's endpoint: %v", err)
+	}
+}
+
+// A record that cannot be read whole is removed like any, and named as long as
+// its attachment is wanted.
+func TestGCOfBrokenRecord(t *testing.T) {
+	l := newLab(t)
+	before := l.holdings()
+	e, _ := l.add(request(l.veth("a"), "10.0.0.1"))
+	m, key := l.pinned(bpf.DatapathMapEndpoints), wireKey(e.Key)
+	var w bpf.DatapathEndpoint
+	if err := m.Lookup(&key, &w); err != nil {
+		t.Fatal(err)
+	}
+	w.AddressesCount = 99
+	if err := m.Put(&key, &w); err != nil {
+		t.Fatal(err)
+	}
+	err := l.Do(func() error {
+		removed, err := l.state.GC(t.Context(), "net", map[pinning.AttachmentKey]struct{}{e.Key: {}})
+		if len(removed) != 0 {
+			t.Errorf("removed is %v, which was to be kept", removed)
+		}
+		return err
+	})
+	if !errors.Is(err, pinning.ErrInvalid) || !strings.Contains(err.Error(), "99 addresses") {
+		t.Errorf("GC that keeps it: %v", err)
+	}
+	l.do(func() error {
+		removed, err := l.state.GC(t.Context(), "net", nil)
+		if !slices.Equal(removed, []pinning.AttachmentKey{e.Key}) {
+			t.Errorf("removed is %v", removed)
+		}
+		return err
+	})
+	if after := l.holdings(); !maps.Equal(before, after) {
+		t.Errorf("left are %v, before it were %v", after, before)
 	}
 }
 

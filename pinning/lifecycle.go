@@ -410,13 +410,14 @@ func (s *State) GC(ctx context.Context, network string, keep map[AttachmentKey]s
 	err := s.locked(ctx, func() error {
 		var errs []error
 		for e, err := range s.Endpoints() {
-			if err != nil {
-				errs = append(errs, err)
+			_, kept := keep[e.attachment()]
+			if e.Key == (AttachmentKey{}) || kept || e.Network != network {
+				if err != nil {
+					errs = append(errs, err)
+				}
 				continue
 			}
-			if _, ok := keep[e.attachment()]; ok || e.Network != network {
-				continue
-			}
+			// A record that cannot be read whole still names what to clean.
 			if err := s.delete(e.Key); err != nil {
 				errs = append(errs, fmt.Errorf("endpoint %s: %w", e.Key, err))
 				continue
