@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/podgate/podgate/test/netlab"
+	"github.com/podgate/podgate/test/tracer"
 )
 
 // asPodgate makes the test binary be podgate, so that commands run as processes
@@ -30,6 +31,7 @@ import (
 const asPodgate = "PODGATE_TEST_AS_PODGATE"
 
 func TestMain(m *testing.M) {
+	tracer.Main()
 	if os.Getenv(asPodgate) != "" {
 		main()
 	}
