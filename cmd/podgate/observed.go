@@ -33,7 +33,8 @@ func (a *app) observedFlows(ctx context.Context, f flowFilter, follow bool, held
 	if follow {
 		request.Number = math.MaxUint64 // what there is, and what comes
 	}
-	err := a.askObserver(ctx, request, func(r flowReport) error {
+	err := a.askObserver(ctx, request, func(seen *flowpb.Flow) error {
+		r := observedReport(seen)
 		if !f.matches(&r) {
 			return nil
 		}
@@ -50,7 +51,7 @@ var errNoObserver = errors.New("podgate observe does not answer")
 
 // askObserver asks podgate observe for flows. It fails with errNoObserver if
 // there is none.
-func (a *app) askObserver(ctx context.Context, request *observerpb.GetFlowsRequest, took func(flowReport) error) (err error) {
+func (a *app) askObserver(ctx context.Context, request *observerpb.GetFlowsRequest, took func(*flowpb.Flow) error) (err error) {
 	c, err := grpc.NewClient("unix://"+a.hubbleSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return err
@@ -74,7 +75,7 @@ func (a *app) askObserver(ctx context.Context, request *observerpb.GetFlowsReque
 			a.complain("podgate: %s were lost: the ring was full\n", plural(int(lost.GetNumEventsLost()), "event", "events"))
 		}
 		if f := answer.GetFlow(); f != nil {
-			if err := took(observedReport(f)); err != nil {
+			if err := took(f); err != nil {
 				return err
 			}
 		}

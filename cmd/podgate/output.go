@@ -18,6 +18,8 @@ import (
 const (
 	outputText = "text"
 	outputJSON = "json"
+	// outputYAML is for commands that have it among their annotations.
+	outputYAML = "yaml"
 )
 
 func outputs() []string { return []string{outputText, outputJSON} }

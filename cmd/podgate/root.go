@@ -48,9 +48,13 @@ reach whom.
 Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		PersistentPreRunE: func(*cobra.Command, []string) error {
-			if !slices.Contains(outputs(), a.output) {
-				return fmt.Errorf("output %q is not one of %v", a.output, outputs())
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			known := outputs()
+			if _, yes := cmd.Annotations[outputYAML]; yes {
+				known = append(known, outputYAML)
+			}
+			if !slices.Contains(known, a.output) {
+				return fmt.Errorf("output %q is not one of %v", a.output, known)
 			}
 			return nil
 		},
@@ -71,7 +75,7 @@ Exit codes: 0 done, 1 failed, 2 done and problems found.`,
 	complete(root, "log-level", "debug", "info", "warn", "error")
 
 	root.AddCommand(
-		a.syncCommand(), a.initCommand(), a.statusCommand(), a.policyCommand(), a.flowsCommand(), a.observeCommand(),
+		a.syncCommand(), a.initCommand(), a.statusCommand(), a.policyCommand(), a.flowsCommand(), a.observeCommand(), a.suggestCommand(),
 		a.explainCommand(), a.matrixCommand(), a.repairCommand(), a.gcCommand(), a.installCommand(), a.adoptCommand(), a.uninstallCommand(), a.versionCommand(),
 	)
 	return root

@@ -95,7 +95,8 @@ func (a *app) attempts(ctx context.Context, about func(pod string) bool) ([]atte
 	sums := make(map[attempt]attempt)
 	err := a.askObserver(ctx, &observerpb.GetFlowsRequest{Whitelist: []*flowpb.FlowFilter{{
 		Verdict: []flowpb.Verdict{flowpb.Verdict_DROPPED, flowpb.Verdict_AUDIT},
-	}}}, func(r flowReport) error {
+	}}}, func(seen *flowpb.Flow) error {
+		r := observedReport(seen)
 		if r.Rule != isolatedText || !about(r.Pod) {
 			return nil
 		}

@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/syncd/manifest"
@@ -70,6 +71,21 @@ func podParty(pod *policy.Pod, workload manifest.Workload, namespace map[string]
 	return &Party{
 		Namespace: pod.Namespace, Pod: pod.Name, Workload: workload, Labels: labels, Endpoint: endpoint, Identity: identity(labels),
 	}
+}
+
+// PodLabels are those that a pod has itself, of labels as Hubble writes them.
+func PodLabels(labels []string) map[string]string {
+	out := make(map[string]string)
+	for _, l := range labels {
+		if strings.HasPrefix(l, labelNamespace) || strings.HasPrefix(l, labelNamespaceLabels) || strings.HasPrefix(l, labelCluster) {
+			continue
+		}
+		if text, ok := strings.CutPrefix(l, sourceKubernetes); ok {
+			key, value, _ := strings.Cut(text, "=")
+			out[key] = value
+		}
+	}
+	return out
 }
 
 // identity is a digest of labels outside the reserved numbers.
