@@ -17,7 +17,7 @@ SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 GOBUILD  = $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
 
 # Flags for `go test`, for example TESTFLAGS='-run Fragment -v'.
-TESTFLAGS  ?= -timeout 15m
+TESTFLAGS  ?= -timeout 30m
 BENCHFLAGS ?=
 E2EFLAGS   ?=
 SCALEFLAGS ?=
