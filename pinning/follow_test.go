@@ -26,8 +26,9 @@ func TestWaitForPolicy(t *testing.T) {
 		t.Errorf("with nobody to publish it is %s after %s", enforced.State(), took)
 	}
 	r.Wait = time.Minute
-	daemon := l.open()
+	daemon, applied := l.open(), make(chan struct{})
 	go func() {
+		defer close(applied)
 		time.Sleep(50 * time.Millisecond)
 		if done, err := daemon.Apply(t.Context(), town(t).Compile()); err != nil || len(done.Problems) != 0 {
 			t.Errorf("apply: %+v, %v", done, err)
@@ -37,6 +38,7 @@ func TestWaitForPolicy(t *testing.T) {
 	if took := time.Since(start); enforced.State() != "enforcing" || took > 30*time.Second {
 		t.Errorf("once published it is %s after %s", enforced.State(), took)
 	}
+	<-applied
 	l.wantWeb(web, byPolicy, byDefault)
 }
 

@@ -329,9 +329,7 @@ func TestPolicyTooLarge(t *testing.T) {
 		})
 	})
 	c.attach(c.schedule("late", "late"))
-	if s := states(c.status()); s["shop/late"] != "open" {
-		t.Errorf("a pod that came meanwhile: %v", s)
-	}
+	c.until("a pod that came meanwhile open", func() bool { return states(c.status())["shop/late"] == "open" })
 	c.createPolicy(strings.ReplaceAll(startPolicy, "NAME", "client"))
 	c.until("another policy enforced", func() bool { return states(c.status())["shop/client"] == "enforcing" })
 	c.deletePolicy("large")
