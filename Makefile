@@ -9,7 +9,7 @@ BPF_CLANG ?= clang-19
 BPF_STRIP ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
 
-VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+VERSION ?= $(shell cat VERSION)
 BIN     ?= bin
 # The image, and the time of everything in it.
 IMAGE   ?= ghcr.io/podgate/podgate:$(VERSION)

@@ -6,6 +6,7 @@ package main
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -26,6 +27,46 @@ func TestManifestsAreUpToDate(t *testing.T) {
 		}
 		if !bytes.Equal(got, want) {
 			t.Errorf("%s is not what the chart makes: run \"make manifests\"", file)
+		}
+	}
+}
+
+// What is released together says the same of itself: the chart, the image that
+// it names, and what "make" builds.
+func TestVersion(t *testing.T) {
+	b, err := os.ReadFile("../../VERSION")
+	if err != nil {
+		t.Fatal(err)
+	}
+	version := strings.TrimSuffix(string(b), "\n")
+	chart, err := loader.Load(release)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m := chart.Metadata; m.Version != version || m.AppVersion != version {
+		t.Errorf("the chart is version %s of podgate %s, want %s", m.Version, m.AppVersion, version)
+	}
+	image := chart.Values["image"].(map[string]any)["repository"].(string) + ":" + version
+	for file := range manifests() {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			if key, value, _ := strings.Cut(strings.TrimSpace(line), ": "); key == "image" && value != image {
+				t.Errorf("%s has the image %s, want %s", file, value, image)
+			}
+		}
+	}
+	// Whatever this test was called with is not what a release is made with.
+	cmd := exec.CommandContext(t.Context(), "env", "-u", "VERSION", "-u", "IMAGE", "-u", "MAKEFLAGS", "make", "-C", "../..", "--dry-run", "image")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("make: %v\n%s", err, out)
+	}
+	for _, want := range []string{"-X main.version=" + version + "' ", "-name '" + image + "' ", "-version '" + version + "' "} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("make has no %q in\n%s", want, out)
 		}
 	}
 }
