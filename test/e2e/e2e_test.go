@@ -68,9 +68,9 @@ func start(t *testing.T, proxy string) *suite {
 }
 
 // startBare starts a cluster on which nothing of podgate's is.
-func startBare(t *testing.T) *suite {
+func startBare(t *testing.T, proxy string) *suite {
 	t.Helper()
-	return startCluster(t, cluster.Options{Bare: true}, func(ctx context.Context, dir string) error {
+	return startCluster(t, cluster.Options{Proxy: proxy, Bare: true}, func(ctx context.Context, dir string) error {
 		err := cluster.Plugins(ctx, dir)
 		for _, name := range []string{"podgate", "podgate-cni", "podgate-ipam"} {
 			err = errors.Join(err, os.Remove(filepath.Join(dir, name)))

@@ -6,7 +6,6 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -25,13 +25,16 @@ import (
 	"github.com/podgate/podgate/test/e2e/cluster"
 )
 
-// TestInstall puts podgate on a cluster that runs without it, and takes it off
-// again, as people do.
-func TestInstall(t *testing.T) {
+func TestInstall(t *testing.T)         { runInstall(t, "nftables") }
+func TestInstallIPTables(t *testing.T) { runInstall(t, "iptables") }
+
+// runInstall puts podgate on a cluster that runs without it, with kube-proxy in
+// a mode, and takes it off again, as people do.
+func runInstall(t *testing.T, proxy string) {
 	if os.Getenv(enabled) != "1" {
 		t.Skipf("starts a Kubernetes cluster: `make test-e2e` runs it, with %s=1", enabled)
 	}
-	s := &site{suite: startBare(t), t: t}
+	s := &site{suite: startBare(t, proxy), t: t}
 	s.prepare()
 	for _, test := range []struct {
 		name string
@@ -164,11 +167,11 @@ func (s *site) manifest(name, version string) string {
 	s.t.Helper()
 	b, err := os.ReadFile(filepath.Join(s.root, "install", "kubernetes", name))
 	s.must(err)
-	const image = "image: ghcr.io/podgate/podgate:0.1.0"
-	if !bytes.Contains(b, []byte(image)) {
-		s.t.Fatalf("%s has no %q", name, image)
+	image := regexp.MustCompile(`image: ghcr\.io/podgate/podgate:\S+`)
+	if !image.Match(b) {
+		s.t.Fatalf("%s has no %s", name, image)
 	}
-	return strings.ReplaceAll(string(b), image, "image: "+build.PodgateImage+":"+version)
+	return image.ReplaceAllLiteralString(string(b), "image: "+build.PodgateImage+":"+version)
 }
 
 func (s *site) apply(manifest string) {
