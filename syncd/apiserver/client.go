@@ -111,7 +111,7 @@ func (c *clients) group(g schema.GroupVersion) (rest.Interface, error) {
 	if g.Group == "" {
 		config.APIPath = "/api"
 	}
-	config.NegotiatedSerializer = c.codecs.WithoutConversion()
+	config.NegotiatedSerializer = trimming{c.codecs.WithoutConversion()}
 	client, err := rest.RESTClientForConfigAndClient(config, c.http)
 	if err != nil {
 		return nil, fmt.Errorf("API server %s: %w", c.config.Host, err)
