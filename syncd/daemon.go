@@ -86,9 +86,10 @@ type Daemon struct {
 	synced    time.Time
 	applied   time.Time
 	// endpoints as last read, if listed: what has not been seen might look
-	// like gone.
+	// like gone. They have to be read again if moved.
 	endpoints []pinning.Endpoint
 	listed    bool
+	moved     bool
 	// nodeAddrs are to be set if there are any.
 	nodeAddrs []netip.Addr
 	services  services
@@ -142,6 +143,7 @@ func New(opts Options) *Daemon {
 		problems:  newProblems(opts.Logger, opts.Notify),
 		retry:     opts.Retry,
 		fill:      newFill(opts.Logger),
+		moved:     true,
 	}
 }
 
@@ -235,10 +237,14 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 	repair := time.NewTicker(d.opts.Repair)
 	defer repair.Stop()
 	for {
+		moved := true
 		select {
 		case <-ctx.Done():
 			return
 		case b := <-batches:
+			// There may be hundreds a second, and endpoints that have changed
+			// since say so.
+			moved = changes == nil
 			d.take(b)
 			ready = ready || !b.Lacks(source.PolicyKinds()...)
 		case _, ok := <-changes:
@@ -276,11 +282,12 @@ func (d *Daemon) loop(ctx context.Context, batches <-chan source.Batch, addrs <-
 			d.report()
 			continue
 		case <-compact:
-			compact = nil
+			compact, moved = nil, changes == nil
 			if !d.stale {
 				d.apply(ctx, d.compiler.Compact())
 			}
 		}
+		d.moved = d.moved || moved
 		if ready {
 			d.refresh(ctx)
 			retry = nil
@@ -333,7 +340,7 @@ func (d *Daemon) take(b source.Batch) {
 // refresh brings the state up to date with the objects noted and the endpoints
 // there are.
 func (d *Daemon) refresh(ctx context.Context) {
-	if !d.readEndpoints() {
+	if d.moved && !d.readEndpoints() {
 		return
 	}
 	d.problems.replace("inventory", d.inventory.Update(d.compiler))
@@ -396,7 +403,7 @@ func (d *Daemon) readEndpoints() bool {
 		endpoints = slices.AppendSeq(endpoints, maps.Values(before))
 	}
 	d.listed = d.listed || complete
-	d.endpoints = endpoints
+	d.endpoints, d.moved = endpoints, len(failed) > 0
 	d.problems.replace("endpoints", failed)
 	d.inventory.SetEndpoints(endpoints)
 	return d.listed
@@ -411,6 +418,7 @@ func (d *Daemon) bind(ctx context.Context) {
 		if !known || ep.Pod == pod {
 			continue
 		}
+		d.moved = true
 		if err := d.opts.State.Bind(ctx, ep.Key, pod); err != nil {
 			failed = append(failed, source.Problem{Subject: "endpoint " + ep.Key.String(), Reason: err.Error()})
 		}
@@ -543,6 +551,7 @@ func (d *Daemon) takeOver(ctx context.Context) {
 	}
 	var err error
 	d.former, err = d.opts.State.TakeOver(ctx)
+	d.moved = true
 	d.problems.set("take over", "endpoints of another version", err)
 }
 
