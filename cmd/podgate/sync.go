@@ -34,6 +34,7 @@ type syncFlags struct {
 	origin   origin
 	once     bool
 	metrics  string
+	pprof    bool
 	capacity pinning.Capacity
 }
 
@@ -75,6 +76,7 @@ What is enforced stays when this process ends, however it ends.`,
 	flags.BoolVar(&f.origin.AuditPods, "audit-pods", false, auditPodsUsage)
 	flags.BoolVar(&f.once, "once", false, "apply the present state and exit; exit code 2 if some of it could not be")
 	flags.StringVar(&f.metrics, "metrics", "", "address to serve Prometheus metrics, /healthz and /readyz on, such as 127.0.0.1:9090 (default none)")
+	flags.BoolVar(&f.pprof, "pprof", false, "serve /debug/pprof with the metrics")
 	capacityFlags(flags, &f.capacity)
 	cmd.MarkFlagsOneRequired("kubeconfig", "policy-dir")
 	cmd.MarkFlagsMutuallyExclusive("kubeconfig", "policy-dir")
@@ -196,7 +198,7 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return daemon.Run(ctx) })
 	if f.metrics != "" {
-		server := metrics.Server{Gatherer: metrics.NewRegistry(figures), Health: health}
+		server := metrics.Server{Gatherer: metrics.NewRegistry(figures), Health: health, Profiles: f.pprof}
 		g.Go(func() error { return server.Serve(ctx, f.metrics) })
 	}
 	return g.Wait()

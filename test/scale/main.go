@@ -37,6 +37,7 @@ func main() {
 	flag.DurationVar(&o.rest, "rest", 15*time.Second, "how long there is none before that")
 	flag.StringVar(&o.podgate, "podgate", "", "podgate binary; built from -source if empty")
 	flag.StringVar(&o.source, "source", "../..", "podgate's source tree")
+	flag.StringVar(&o.profiles, "profiles", "", "directory for profiles and metrics of the daemon, which cost it some time and memory; none if empty")
 	out := flag.String("out", "", "directory of results.json and the figures, where other sizes stay; none if empty")
 	flag.Parse()
 	if err := run(ctx, o, *sizes, *out); err != nil {
@@ -53,6 +54,8 @@ type options struct {
 	podgate string
 	source  string
 	plugins string
+	// profiles is where they go.
+	profiles string
 }
 
 // result is what was measured in a cluster of one size.
@@ -69,8 +72,11 @@ type result struct {
 	RSS int64 `json:"rssBytes"`
 	PSS int64 `json:"pssBytes"`
 	// Under churn.
-	Rate     float64 `json:"eventsPerSecond"`
-	CPU      float64 `json:"cpuShare"` // of one processor
+	Rate float64 `json:"eventsPerSecond"`
+	CPU  float64 `json:"cpuShare"` // of one processor
+	// Waited is for how long, of each second, threads of the daemon were ready to
+	// run and had none.
+	Waited   float64 `json:"waitedShare"`
 	Bytes    float64 `json:"bytesPerSecond"`
 	ChurnRSS int64   `json:"churnRSSBytes"`
 	ChurnPSS int64   `json:"churnPSSBytes"`
@@ -101,8 +107,11 @@ func run(ctx context.Context, o options, sizes, out string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	if out != "" {
-		if out, err = filepath.Abs(out); err != nil {
+	for _, dir := range []*string{&out, &o.profiles} {
+		if *dir == "" {
+			continue
+		}
+		if *dir, err = filepath.Abs(*dir); err != nil {
 			return err
 		}
 	}
@@ -180,7 +189,7 @@ func report(r result) {
 	fmt.Printf("%d nodes, %d pods, %d policies, %d services\n", r.Nodes, r.Pods, r.Policies, r.Services)
 	fmt.Printf("  start   ready in %.1f s, %.1f s of CPU, %.0f MB read, %.0f MB at most\n", r.Ready, r.StartCPU, mb(r.StartBytes), mb(r.StartPeak))
 	fmt.Printf("  at rest %.0f MB RSS, %.0f MB PSS\n", mb(r.RSS), mb(r.PSS))
-	fmt.Printf("  churn   %.0f events/s, %.1f %% CPU, %.2f MB/s, %.0f MB RSS, %.0f MB at most\n", r.Rate, 100*r.CPU, r.Bytes/(1<<20), mb(r.ChurnRSS), mb(r.Peak))
+	fmt.Printf("  churn   %.0f events/s, %.1f %% CPU (%.1f %% waited for one), %.2f MB/s, %.0f MB RSS, %.0f MB at most\n", r.Rate, 100*r.CPU, 100*r.Waited, r.Bytes/(1<<20), mb(r.ChurnRSS), mb(r.Peak))
 	for _, kind := range append(slices.Sorted(maps.Keys(r.ByKind)), "") {
 		l, ok := r.ByKind[kind]
 		if !ok {
@@ -232,6 +241,12 @@ func measure(ctx context.Context, o options, s size) (r result, err error) {
 		return r, err
 	}
 	r.RSS, r.PSS = before.RSS, before.PSS
+	if err := errors.Join(
+		n.profile(ctx, o.profiles, "/metrics", fmt.Sprintf("metrics-%d.txt", s.Pods)),
+		n.profile(ctx, o.profiles, "/debug/pprof/heap?gc=1", fmt.Sprintf("heap-%d.pprof", s.Pods)),
+	); err != nil {
+		return r, err
+	}
 
 	// The first seconds are not counted: what goes out has to come to its rate.
 	stop := make(chan struct{})
@@ -249,7 +264,8 @@ func measure(ctx context.Context, o options, s size) (r result, err error) {
 		bytes, frames, from := n.server.bytes.Load(), n.server.frames.Load(), time.Now()
 		during, cancel := context.WithTimeout(ctx, o.churn)
 		defer cancel()
-		if err := c.run(during); err != nil {
+		name := fmt.Sprintf("cpu-%d.pprof", s.Pods)
+		if err := n.profiled(ctx, o.profiles, name, o.churn, func(context.Context) error { return c.run(during) }); err != nil {
 			return err
 		}
 		took := time.Since(from).Seconds()
@@ -260,6 +276,7 @@ func measure(ctx context.Context, o options, s size) (r result, err error) {
 		r.Rate = float64(n.server.frames.Load()-frames) / took
 		r.Bytes = float64(n.server.bytes.Load()-bytes) / took
 		r.CPU = (after.CPU - before.CPU).Seconds() / took
+		r.Waited = (after.Waited - before.Waited).Seconds() / took
 		r.ChurnRSS, r.ChurnPSS, r.Peak = after.RSS, after.PSS, after.Peak
 		return nil
 	})

@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -45,6 +46,9 @@ type gate struct {
 	number  uint32
 	address netip.Addr
 }
+
+// daemonAddress is where the daemon tells of itself, on its node.
+const daemonAddress = "127.0.0.1:9090"
 
 // newNode makes a node and an API server that it reaches.
 func newNode(plugins string) (_ *node, err error) {
@@ -104,7 +108,7 @@ func (n *node) start(ctx context.Context, podgate string) error {
 		return err
 	}
 	n.daemon = exec.CommandContext(ctx, podgate, "sync", "--kubeconfig", path, "--node-name", nodeName(0), "--log-level", "warn",
-		"--bpffs", n.BPFFS, "--run-dir", filepath.Join(n.dir, "run"), "--metrics", "127.0.0.1:9090")
+		"--bpffs", n.BPFFS, "--run-dir", filepath.Join(n.dir, "run"), "--metrics", daemonAddress, "--pprof")
 	n.daemon.Stdout, n.daemon.Stderr = &n.log, &n.log
 	return n.Do(n.daemon.Start)
 }
@@ -114,7 +118,7 @@ func (n *node) ready(ctx context.Context) error {
 	for {
 		var conn net.Conn
 		err := n.Do(func() (err error) {
-			conn, err = net.DialTimeout("tcp", "127.0.0.1:9090", time.Second)
+			conn, err = net.DialTimeout("tcp", daemonAddress, time.Second)
 			return err
 		})
 		if err == nil {
@@ -174,6 +178,8 @@ func (n *node) attach(ctx context.Context, w *world) error {
 type usage struct {
 	RSS, PSS, Peak int64         // bytes
 	CPU            time.Duration // in all
+	// Waited is how long its threads were ready to run and had no processor.
+	Waited time.Duration
 }
 
 func usageOf(pid int) (u usage, err error) {
@@ -211,5 +217,34 @@ func usageOf(pid int) (u usage, err error) {
 		}
 		u.CPU += time.Duration(ticks) * time.Second / 100
 	}
-	return u, nil
+	u.Waited, err = waited(pid)
+	return u, err
+}
+
+// waited sums up the second field of /proc/PID/task/*/schedstat, in ns
+// (Documentation/scheduler/sched-stats.rst).
+func waited(pid int) (sum time.Duration, err error) {
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
+	if err != nil {
+		return 0, err
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // the thread has ended since
+		}
+		if err != nil {
+			return 0, err
+		}
+		words := strings.Fields(string(b))
+		if len(words) < 2 {
+			return 0, fmt.Errorf("%s says %q", file, b)
+		}
+		ns, err := strconv.ParseInt(words[1], 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		sum += time.Duration(ns)
+	}
+	return sum, nil
 }
