@@ -18,19 +18,35 @@ import (
 	"github.com/podgate/podgate/syncd/source"
 )
 
-// candidate is a pod with all the addresses it says it has. The pod may be the
-// object's own.
-type candidate struct {
+// record is what there is to know of a Pod, and a candidate: a pod with all the
+// addresses it says it has. A Pod that has nothing to do with this node is its own
+// candidate, since there may be hundreds of thousands. What is known of its
+// endpoints is in a copy.
+type record struct {
 	*policy.Pod
+	// given is the pod as the compiler has it; nil before it has.
+	given *policy.Pod
+	// created in ns since 1970; 0 if not said.
 	created int64
 	// latest is the number of its endpoint attached last; 0 without any.
-	latest uint32
+	latest        uint32
+	where         where
+	mirror, ended bool
 	// ignored says that the pod asks for audit mode in vain.
 	ignored bool
 }
 
-func (a *candidate) equal(b *candidate) bool {
-	return samePod(a.Pod, b.Pod) && a.created == b.created && a.latest == b.latest && a.ignored == b.ignored
+// where a Pod runs.
+type where uint8
+
+const (
+	nowhere where = iota // not yet, or not said
+	here
+	elsewhere
+)
+
+func (a *record) equal(b *record) bool {
+	return a == b || samePod(a.Pod, b.Pod) && a.created == b.created && a.latest == b.latest && a.ignored == b.ignored
 }
 
 // contest is an address that several pods claim. Losers do not get it.
@@ -41,10 +57,10 @@ type contest struct {
 
 // candidates are all pods there may be.
 type candidates struct {
-	pods        map[policy.PodKey]*candidate
+	pods        map[policy.PodKey]*record
 	inNamespace map[string]int
 	// holders are who claims an address alone, rivals who do with others.
-	holders  map[netip.Addr]policy.PodKey
+	holders  map[netip.Addr]*record
 	rivals   map[netip.Addr][]policy.PodKey
 	contests map[netip.Addr]*contest
 	ignored  map[policy.PodKey]struct{}
@@ -54,17 +70,15 @@ type candidates struct {
 
 func newCandidates() candidates {
 	return candidates{
-		pods:        make(map[policy.PodKey]*candidate),
+		pods:        make(map[policy.PodKey]*record),
 		inNamespace: make(map[string]int),
-		holders:     make(map[netip.Addr]policy.PodKey),
+		holders:     make(map[netip.Addr]*record),
 		rivals:      make(map[netip.Addr][]policy.PodKey),
 		contests:    make(map[netip.Addr]*contest),
 		ignored:     make(map[policy.PodKey]struct{}),
 		audited:     make(map[string]bool),
 	}
 }
-
-func (c *candidates) has(key policy.PodKey) bool { return c.pods[key] != nil }
 
 // namespacesChanged answers the namespaces whose object changed, and adds their
 // pods to the dirty ones if audit mode did.
@@ -100,29 +114,42 @@ func (i *Inventory) namespace(name string) (policy.Namespace, bool) {
 	return manifest.NamespaceOf(name, nil), i.candidates.inNamespace[name] > 0
 }
 
-// propose brings the candidates of some keys up to date. It answers the pods
-// that may differ, with the addresses that they claim or claimed, and adds the
-// namespaces that got their first pod or lost their last.
-func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[string]struct{}) (pods map[policy.PodKey]struct{}, touched map[netip.Addr]struct{}) {
+// proposal is what has become of candidates: the pods that may differ, with the
+// addresses that they claim or claimed, and what the compiler has of those that
+// are gone.
+type proposal struct {
+	pods    map[policy.PodKey]struct{}
+	touched map[netip.Addr]struct{}
+	gone    map[policy.PodKey]*policy.Pod
+}
+
+// propose brings the candidates of some keys up to date, and adds the namespaces
+// that got their first pod or lost their last.
+func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[string]struct{}) proposal {
 	c := &i.candidates
-	pods, touched = make(map[policy.PodKey]struct{}), make(map[netip.Addr]struct{})
+	out := proposal{make(map[policy.PodKey]struct{}), make(map[netip.Addr]struct{}), make(map[policy.PodKey]*policy.Pod)}
 	for key := range keys {
 		before, now := c.pods[key], i.candidate(key)
 		if before == nil && now == nil || before != nil && now != nil && before.equal(now) {
 			continue
 		}
-		pods[key] = struct{}{}
+		out.pods[key] = struct{}{}
+		var given *policy.Pod
 		if before != nil {
-			c.remove(before, touched, namespaces)
+			given = before.given
+			c.remove(before, out.touched, namespaces)
 		}
 		if now != nil {
-			c.add(now, touched, namespaces)
+			now.given = given
+			c.add(now, out.touched, namespaces)
+		} else if given != nil {
+			out.gone[key] = given
 		}
 	}
-	return pods, touched
+	return out
 }
 
-func (c *candidates) add(p *candidate, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
+func (c *candidates) add(p *record, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
 	c.pods[p.Key] = p
 	if c.inNamespace[p.Namespace]++; c.inNamespace[p.Namespace] == 1 {
 		namespaces[p.Namespace] = struct{}{}
@@ -132,13 +159,13 @@ func (c *candidates) add(p *candidate, touched map[netip.Addr]struct{}, namespac
 	}
 	if !p.HostNetwork {
 		for _, a := range p.Addresses {
-			c.claim(a, p.Key)
+			c.claim(a, p)
 			touched[a] = struct{}{}
 		}
 	}
 }
 
-func (c *candidates) remove(p *candidate, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
+func (c *candidates) remove(p *record, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
 	delete(c.pods, p.Key)
 	delete(c.ignored, p.Key)
 	if c.inNamespace[p.Namespace]--; c.inNamespace[p.Namespace] == 0 {
@@ -153,27 +180,27 @@ func (c *candidates) remove(p *candidate, touched map[netip.Addr]struct{}, names
 	}
 }
 
-func (c *candidates) claim(a netip.Addr, key policy.PodKey) {
-	holder, held := c.holders[a]
+func (c *candidates) claim(a netip.Addr, p *record) {
+	holder := c.holders[a]
 	switch {
 	case len(c.rivals[a]) > 0:
-		c.rivals[a] = append(c.rivals[a], key)
-	case held:
-		c.rivals[a] = []policy.PodKey{holder, key}
+		c.rivals[a] = append(c.rivals[a], p.Key)
+	case holder != nil:
+		c.rivals[a] = []policy.PodKey{holder.Key, p.Key}
 		delete(c.holders, a)
 	default:
-		c.holders[a] = key
+		c.holders[a] = p
 	}
 }
 
 func (c *candidates) disclaim(a netip.Addr, key policy.PodKey) {
-	if c.holders[a] == key {
+	if holder := c.holders[a]; holder != nil && holder.Key == key {
 		delete(c.holders, a)
 		return
 	}
 	rest := slices.DeleteFunc(c.rivals[a], func(k policy.PodKey) bool { return k == key })
 	if c.rivals[a] = rest; len(rest) == 1 {
-		c.holders[a] = rest[0]
+		c.holders[a] = c.pods[rest[0]]
 	}
 	if len(rest) < 2 {
 		delete(c.rivals, a)
@@ -181,45 +208,44 @@ func (c *candidates) disclaim(a netip.Addr, key policy.PodKey) {
 }
 
 // candidate is what object and endpoints of a key amount to; nil without any.
-func (i *Inventory) candidate(key policy.PodKey) *candidate {
+func (i *Inventory) candidate(key policy.PodKey) *record {
 	mine := i.attached[key]
-	o, listed := i.object(key)
-	out := &candidate{}
+	o := i.object(key)
 	local := true
 	switch {
-	case listed:
-		out.Pod, out.created = o.Pod, o.created
+	case o != nil:
 		local = len(mine) > 0 || i.opts.AllLocal || i.expected(o)
 	case len(mine) > 0:
-		out.Pod = unlisted(key, mine)
+		o = &record{Pod: unlisted(key, mine)}
 	default:
 		return nil
 	}
-	audited := i.candidates.audited[out.Namespace]
-	audit := out.Audit && i.opts.AuditPods || audited
-	out.ignored = local && out.Audit && !i.opts.AuditPods && !audited
-	if local != out.Local || audit != out.Audit || len(mine) > 0 {
-		pod := *out.Pod
-		pod.Local, pod.Audit = local, audit
-		if len(mine) > 0 {
-			// The node knows better than a status that may be old.
-			pod.Addresses = routable(mine)
-			out.latest = mine[len(mine)-1].ID
-		}
-		out.Pod = &pod
+	audited := i.candidates.audited[o.Namespace]
+	audit := o.Audit && i.opts.AuditPods || audited
+	ignored := local && o.Audit && !i.opts.AuditPods && !audited
+	if local == o.Local && audit == o.Audit && len(mine) == 0 && !ignored {
+		return o
 	}
-	return out
+	pod, out := *o.Pod, *o
+	pod.Local, pod.Audit, out.ignored = local, audit, ignored
+	if len(mine) > 0 {
+		// The node knows better than a status that may be old.
+		pod.Addresses = routable(mine)
+		out.latest = mine[len(mine)-1].ID
+	}
+	out.Pod = &pod
+	return &out
 }
 
 // expected says that a pod without an endpoint may get one here, so that its
 // rulesets must be there before. One that has ended gets none any more: a node
 // may be left with thousands of those.
-func (i *Inventory) expected(o *listing) bool {
+func (i *Inventory) expected(o *record) bool {
 	if o.ended {
 		return false
 	}
-	if o.node != "" || !i.opts.Unlisted {
-		return o.node == i.opts.Node
+	if o.where != nowhere || !i.opts.Unlisted {
+		return o.where == here
 	}
 	return len(o.Addresses) == 0
 }
@@ -240,9 +266,9 @@ func unlisted(key policy.PodKey, endpoints []pinning.Endpoint) *policy.Pod {
 
 // settle decides the contests about addresses, and adds to the pods that may
 // differ those that win or lose one.
-func (i *Inventory) settle(pods map[policy.PodKey]struct{}, touched map[netip.Addr]struct{}) map[policy.PodKey]struct{} {
+func (i *Inventory) settle(p *proposal) {
 	c := &i.candidates
-	for a := range touched {
+	for a := range p.touched {
 		before := c.contests[a]
 		delete(c.contests, a)
 		now := c.contest(a)
@@ -254,11 +280,10 @@ func (i *Inventory) settle(pods map[policy.PodKey]struct{}, touched map[netip.Ad
 				continue
 			}
 			for _, key := range one.rivals {
-				pods[key] = struct{}{}
+				p.pods[key] = struct{}{}
 			}
 		}
 	}
-	return pods
 }
 
 // contest leaves an address to one pod where it can tell whose it is; nil if at
@@ -292,22 +317,18 @@ func (c *candidates) contest(a netip.Addr) *contest {
 	return out
 }
 
-// settled is a pod with the addresses that are left to it.
-func (c *candidates) settled(key policy.PodKey) (*policy.Pod, bool) {
-	p := c.pods[key]
-	if p == nil {
-		return nil, false
-	}
+// settled is a candidate's pod with the addresses that are left to it.
+func (c *candidates) settled(p *record) *policy.Pod {
 	lost := func(a netip.Addr) bool {
 		one := c.contests[a]
-		return one != nil && slices.Contains(one.losers, key)
+		return one != nil && slices.Contains(one.losers, p.Key)
 	}
 	if p.HostNetwork || !slices.ContainsFunc(p.Addresses, lost) {
-		return p.Pod, true
+		return p.Pod
 	}
 	pod := *p.Pod
 	pod.Addresses = slices.DeleteFunc(slices.Clone(pod.Addresses), lost)
-	return &pod, true
+	return &pod
 }
 
 // problems are those of all candidates, in a stable order.

@@ -25,25 +25,26 @@ import (
 type identities struct {
 	// alone are the objects that are the only ones to ask for a key, rivals
 	// those that are not.
-	alone  map[policy.PodKey]*listing
+	alone  map[policy.PodKey]*record
 	rivals map[policy.PodKey]map[podName]struct{}
-	// objects by the key they have got.
-	objects map[policy.PodKey]*listing
+	// others are the objects that have got a key that they are not the only ones
+	// to ask for.
+	others map[policy.PodKey]*record
 	// renamed have got another key than they asked for.
 	renamed map[podName]policy.PodKey
 }
 
 func newIdentities() identities {
 	return identities{
-		alone:   make(map[policy.PodKey]*listing),
+		alone:   make(map[policy.PodKey]*record),
 		rivals:  make(map[policy.PodKey]map[podName]struct{}),
-		objects: make(map[policy.PodKey]*listing),
+		others:  make(map[policy.PodKey]*record),
 		renamed: make(map[podName]policy.PodKey),
 	}
 }
 
 // ask notes that an object asks for its key.
-func (ids *identities) ask(o *listing) {
+func (ids *identities) ask(o *record) {
 	want := o.Key
 	first := ids.alone[want]
 	switch {
@@ -87,18 +88,18 @@ func (ids *identities) asking(want policy.PodKey, to map[podName]struct{}) {
 }
 
 // got is the key that an object has got.
-func (ids *identities) got(o *listing) policy.PodKey {
+func (ids *identities) got(o *record) policy.PodKey {
 	if renamed, ok := ids.renamed[o.name()]; ok {
 		return renamed
 	}
 	return o.Key
 }
 
-// identify brings the identities up to date and answers the keys whose pod may
-// differ.
-func (i *Inventory) identify() (dirty map[policy.PodKey]struct{}) {
+// identify brings the identities up to date and answers the names whose object
+// may go by another key, and the keys whose pod may differ.
+func (i *Inventory) identify() (affected map[podName]struct{}, dirty map[policy.PodKey]struct{}) {
 	ids := &i.identities
-	affected := make(map[podName]struct{})
+	affected = make(map[podName]struct{})
 	for name, was := range i.relisted {
 		affected[name] = struct{}{}
 		if was != nil {
@@ -122,7 +123,9 @@ func (i *Inventory) identify() (dirty map[policy.PodKey]struct{}) {
 		had := ids.got(was)
 		dirty[had] = struct{}{}
 		delete(ids.renamed, name)
-		delete(ids.objects, had)
+		if ids.others[had] == was {
+			delete(ids.others, had)
+		}
 	}
 	for name := range affected {
 		o := i.listed[name]
@@ -134,17 +137,19 @@ func (i *Inventory) identify() (dirty map[policy.PodKey]struct{}) {
 			gets = manifest.PodKey("", o.Namespace, o.Name)
 			ids.renamed[name] = gets
 		}
-		ids.objects[gets] = o
+		if ids.alone[gets] != o {
+			ids.others[gets] = o
+		}
 		dirty[gets] = struct{}{}
 	}
-	return dirty
+	return affected, dirty
 }
 
-// object is the pod object that goes by a key.
-func (i *Inventory) object(key policy.PodKey) (*listing, bool) {
-	o := i.identities.objects[key]
+// object is the pod object that goes by a key; nil if there is none.
+func (i *Inventory) object(key policy.PodKey) *record {
+	o := cmp.Or(i.identities.others[key], i.identities.alone[key])
 	if o == nil {
-		return nil, false
+		return nil
 	}
 	if o.Key != key {
 		renamed, pod := *o, *o.Pod
@@ -152,15 +157,20 @@ func (i *Inventory) object(key policy.PodKey) (*listing, bool) {
 		renamed.Pod = &pod
 		o = &renamed
 	}
-	return o, true
+	return o
 }
 
-// attach finds the pod of each endpoint, and adds those that have or had one to
-// the dirty ones.
-func (i *Inventory) attach(dirty map[policy.PodKey]struct{}) {
+// attach finds the pod of each endpoint, if it may be another one than before, and
+// adds those that have or had an endpoint to the dirty ones.
+func (i *Inventory) attach(affected map[podName]struct{}, dirty map[policy.PodKey]struct{}) {
+	if i.bound && disjoint(affected, i.named) && disjoint(dirty, i.keyed) {
+		return
+	}
 	for key := range i.attached {
 		dirty[key] = struct{}{}
 	}
+	i.bound = true
+	i.named, i.keyed = make(map[podName]struct{}, len(i.endpoints)), make(map[policy.PodKey]struct{}, len(i.endpoints))
 	i.attached = make(map[policy.PodKey][]pinning.Endpoint, len(i.endpoints))
 	i.bindings = make(map[pinning.AttachmentKey]policy.PodKey, len(i.endpoints))
 	for e := range i.endpoints {
@@ -168,22 +178,37 @@ func (i *Inventory) attach(dirty map[policy.PodKey]struct{}) {
 		if key, ok := i.find(ep); ok {
 			i.attached[key] = append(i.attached[key], *ep)
 			i.bindings[ep.Key] = key
+			i.keyed[key] = struct{}{}
 			dirty[key] = struct{}{}
 		}
 	}
 }
 
-// find answers the pod of an endpoint: that of its UID, or else of its name.
+func disjoint[K comparable](few, many map[K]struct{}) bool {
+	for k := range few {
+		if _, both := many[k]; both {
+			return false
+		}
+	}
+	return true
+}
+
+// find answers the pod of an endpoint: that of its UID, or else of its name. It
+// notes what its answer depends on.
 func (i *Inventory) find(ep *pinning.Endpoint) (policy.PodKey, bool) {
 	if ep.PodUID != "" {
-		o, ok := i.object(policy.PodKey(ep.PodUID))
-		if ok && (i.opts.Unlisted || ep.PodName == "" || o.Name == ep.PodName && o.Namespace == namespaceOf(ep)) {
+		i.keyed[policy.PodKey(ep.PodUID)] = struct{}{}
+		o := i.object(policy.PodKey(ep.PodUID))
+		if o != nil && (i.opts.Unlisted || ep.PodName == "" || o.Name == ep.PodName && o.Namespace == namespaceOf(ep)) {
 			return o.Key, true
 		}
 	}
-	if named := i.listed[podName{namespaceOf(ep), ep.PodName}]; named != nil {
+	name := podName{namespaceOf(ep), ep.PodName}
+	i.named[name] = struct{}{}
+	if named := i.listed[name]; named != nil {
 		key := i.identities.got(named)
-		if o, ok := i.object(key); ok && (i.opts.Unlisted || o.UID == "" || ep.PodUID == "") {
+		i.keyed[key] = struct{}{}
+		if o := i.object(key); o != nil && (i.opts.Unlisted || o.UID == "" || ep.PodUID == "") {
 			return key, true
 		}
 	}

@@ -41,15 +41,16 @@ type Options struct {
 
 // Inventory is the state of one node. It is not safe for concurrent use.
 //
-// An update costs what changed since the one before, and the endpoints.
+// An update costs what changed since the one before, and the endpoints if they may
+// have.
 type Inventory struct {
 	opts Options
 	// listed are the Pods, objects all others.
-	listed  map[podName]*listing
+	listed  map[podName]*record
 	objects map[manifest.Key]*manifest.Object
 	// What has changed since the last Update, and what it was then; nil is
 	// nothing.
-	relisted  map[podName]*listing
+	relisted  map[podName]*record
 	changed   map[manifest.Key]*manifest.Object
 	endpoints []pinning.Endpoint
 
@@ -57,12 +58,16 @@ type Inventory struct {
 	identities identities
 	attached   map[policy.PodKey][]pinning.Endpoint
 	candidates candidates
+	// bound says that attached is what follows from the endpoints, for as long as
+	// no Pod and no key changes that they have to do with.
+	bound bool
+	named map[podName]struct{}
+	keyed map[policy.PodKey]struct{}
 
 	// What the compiler has, as of the last Update.
 	policies   map[string]*policy.Policy
 	origins    map[string]manifest.Key // of the policies
 	namespaces map[string]policy.Namespace
-	pods       map[policy.PodKey]*policy.Pod
 	bindings   map[pinning.AttachmentKey]policy.PodKey
 	// refused are the policies and pods the compiler did not take.
 	refused map[manifest.Key]error
@@ -72,41 +77,38 @@ type Inventory struct {
 func New(opts Options) *Inventory {
 	return &Inventory{
 		opts:       opts,
-		listed:     make(map[podName]*listing),
+		listed:     make(map[podName]*record),
 		objects:    make(map[manifest.Key]*manifest.Object),
-		relisted:   make(map[podName]*listing),
+		relisted:   make(map[podName]*record),
 		changed:    make(map[manifest.Key]*manifest.Object),
 		identities: newIdentities(),
 		candidates: newCandidates(),
 		policies:   make(map[string]*policy.Policy),
 		origins:    make(map[string]manifest.Key),
 		namespaces: make(map[string]policy.Namespace),
-		pods:       make(map[policy.PodKey]*policy.Pod),
 		bindings:   make(map[pinning.AttachmentKey]policy.PodKey),
 		refused:    make(map[manifest.Key]error),
 	}
 }
 
-// listing is what there is to know of a Pod: there may be hundreds of thousands.
-type listing struct {
-	*policy.Pod
-	node string
-	// created in ns since 1970; 0 if not said.
-	created       int64
-	mirror, ended bool
-}
-
 // podName is the key of a Pod.
 type podName struct{ namespace, name string }
 
-func (l *listing) name() podName { return podName{l.Namespace, l.Name} }
+func (a *record) name() podName { return podName{a.Namespace, a.Name} }
 
-func list(o *manifest.Object) *listing {
-	l := &listing{Pod: o.Pod, node: o.Node, mirror: o.Mirror, ended: o.Ended}
-	if !o.Created.IsZero() {
-		l.created = o.Created.UnixNano()
+func (i *Inventory) list(o *manifest.Object) *record {
+	r := &record{Pod: o.Pod, mirror: o.Mirror, ended: o.Ended}
+	switch o.Node {
+	case "":
+	case i.opts.Node:
+		r.where = here
+	default:
+		r.where = elsewhere
 	}
-	return l
+	if !o.Created.IsZero() {
+		r.created = o.Created.UnixNano()
+	}
+	return r
 }
 
 // Apply takes a batch of a source. It keeps what the objects refer to.
@@ -125,7 +127,7 @@ func (i *Inventory) Apply(b source.Batch) {
 	for _, o := range b.Set {
 		switch {
 		case o.Pod != nil:
-			l := list(&o)
+			l := i.list(&o)
 			remember(i.relisted, i.listed, l.name())
 			// The key shares the memory of the pod.
 			delete(i.listed, l.name())
@@ -147,16 +149,18 @@ func remember[K comparable, V any](changed, now map[K]*V, k K) {
 // SetEndpoints replaces the endpoints of the node.
 func (i *Inventory) SetEndpoints(endpoints []pinning.Endpoint) {
 	i.endpoints = slices.SortedFunc(slices.Values(endpoints), func(a, b pinning.Endpoint) int { return cmp.Compare(a.ID, b.ID) })
+	i.bound = false
 }
 
 // Update brings a compiler up to date; it must be the same one each time. What
 // the compiler refuses stays as it was there and is among the problems, which
 // carry no dates.
 func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
-	dirty := i.identify()
-	i.attach(dirty)
+	affected, dirty := i.identify()
+	i.attach(affected, dirty)
 	namespaces := i.namespacesChanged(dirty)
-	pods := i.settle(i.propose(dirty, namespaces))
+	proposed := i.propose(dirty, namespaces)
+	i.settle(&proposed)
 
 	var gone []string
 	for name := range namespaces {
@@ -169,18 +173,18 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 		}
 	}
 	i.updatePolicies(c)
-	for key := range pods {
-		if old, had := i.pods[key]; had && !i.candidates.has(key) {
-			c.DeletePod(key)
-			delete(i.pods, key)
-			delete(i.refused, objectKey(old))
-		}
+	for key, given := range proposed.gone {
+		c.DeletePod(key)
+		delete(i.refused, objectKey(given))
 	}
-	for key := range pods {
-		pod, ok := i.candidates.settled(key)
-		if old, had := i.pods[key]; ok && (!had || !samePod(old, pod)) {
+	for key := range proposed.pods {
+		r := i.candidates.pods[key]
+		if r == nil {
+			continue
+		}
+		if pod := i.candidates.settled(r); r.given == nil || !samePod(r.given, pod) {
 			i.note(objectKey(pod), c.SetPod(*pod))
-			i.pods[key] = pod
+			r.given = pod
 		}
 	}
 	for _, name := range gone {
@@ -188,7 +192,7 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 		delete(i.namespaces, name)
 	}
 	// A map that was cleared keeps the room for as many as it ever had.
-	i.relisted, i.changed = make(map[podName]*listing), make(map[manifest.Key]*manifest.Object)
+	i.relisted, i.changed = make(map[podName]*record), make(map[manifest.Key]*manifest.Object)
 	return i.problems()
 }
 
@@ -255,9 +259,11 @@ func (i *Inventory) Bindings() map[pinning.AttachmentKey]policy.PodKey { return 
 
 // Pods answers all pods as of the last Update, by namespace and name.
 func (i *Inventory) Pods() []policy.Pod {
-	pods := make([]policy.Pod, 0, len(i.pods))
-	for _, p := range i.pods {
-		pods = append(pods, *p)
+	pods := make([]policy.Pod, 0, len(i.candidates.pods))
+	for _, r := range i.candidates.pods {
+		if r.given != nil {
+			pods = append(pods, *r.given)
+		}
 	}
 	slices.SortFunc(pods, func(a, b policy.Pod) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name), cmp.Compare(a.Key, b.Key))
@@ -273,7 +279,7 @@ func (i *Inventory) Policy(uid string) (manifest.Key, bool) {
 
 // Counts answers how many policies, pods and namespaces the compiler has.
 func (i *Inventory) Counts() (policies, pods, namespaces int) {
-	return len(i.policies), len(i.pods), len(i.namespaces)
+	return len(i.policies), len(i.candidates.pods), len(i.namespaces)
 }
 
 // routable answers the addresses of endpoints that name a pod to others;
