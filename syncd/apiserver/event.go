@@ -95,14 +95,14 @@ func (s *Source) reference(key manifest.Key) *corev1.ObjectReference {
 		if f.kind == key.Kind {
 			out = &corev1.ObjectReference{
 				APIVersion: f.group.String(), Kind: key.Kind, Namespace: key.Namespace, Name: key.Name,
-				UID: f.items[key].uid,
+				UID: f.items[nameOf(key)].uid,
 			}
 		}
 		if f.kind != manifest.KindPod {
 			continue
 		}
 		for k := range f.items {
-			if here = here || k.Namespace == namespace; here {
+			if here = here || k.namespace == namespace; here {
 				break
 			}
 		}

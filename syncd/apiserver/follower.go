@@ -6,7 +6,6 @@ package apiserver
 import (
 	"fmt"
 	"hash/maphash"
-	"reflect"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -26,8 +25,8 @@ type follower struct {
 
 	// Under the source's lock: what was delivered, what of some objects was not
 	// understood, and whether all are there.
-	items  map[manifest.Key]item
-	pods   map[podName]uint64 // digests
+	items  map[objectName]item
+	pods   map[objectName]uint64 // digests
 	faults map[manifest.Key]string
 	synced bool
 
@@ -37,17 +36,18 @@ type follower struct {
 	blank     metav1.ObjectMeta
 }
 
-// item is an object that was delivered, to tell whether the next one differs.
-// Of pods, of which there may be hundreds of thousands, a digest does, but that
-// those of this node are here, without their content, so that events can name
-// them.
+// item is what is known of an object that was delivered: what events name it by,
+// and whether the next one differs. Of pods, of which there may be hundreds of
+// thousands, those of this node are here for their UID alone.
 type item struct {
-	object *manifest.Object
+	digest uint64
 	uid    types.UID
 }
 
-// podName is the key of a pod.
-type podName struct{ namespace, name string }
+// objectName is the key of an object among those of a resource.
+type objectName struct{ namespace, name string }
+
+func nameOf(key manifest.Key) objectName { return objectName{key.Namespace, key.Name} }
 
 // translated is an object on its way through a reflector, which wants to know the
 // object's name and nothing else. At first it has all of them at once.
@@ -75,7 +75,7 @@ func (s *Source) follow(r resource) (*follower, error) {
 		return nil, err
 	}
 	f := &follower{
-		resource: r, source: s, items: make(map[manifest.Key]item), pods: make(map[podName]uint64), faults: make(map[manifest.Key]string),
+		resource: r, source: s, items: make(map[objectName]item), pods: make(map[objectName]uint64), faults: make(map[manifest.Key]string),
 		templates: make(templates), seed: maphash.MakeSeed(),
 	}
 	f.contact = &contact{ListerWatcherWithContext: lw, changed: s.notify}
@@ -83,13 +83,17 @@ func (s *Source) follow(r resource) (*follower, error) {
 }
 
 func (r *resource) key(name metav1.Object) manifest.Key {
-	return manifest.Key{Kind: r.kind, Namespace: name.GetNamespace(), Name: name.GetName()}
+	return r.keyOf(objectName{name.GetNamespace(), name.GetName()})
+}
+
+func (r *resource) keyOf(name objectName) manifest.Key {
+	return manifest.Key{Kind: r.kind, Namespace: name.namespace, Name: name.name}
 }
 
 // knows tells whether a cluster-wide object is there. Runs under the source's
 // lock.
 func (f *follower) knows(name string) bool {
-	_, ok := f.items[manifest.Key{Kind: f.kind, Name: name}]
+	_, ok := f.items[objectName{name: name}]
 	return ok
 }
 
@@ -147,20 +151,19 @@ func (f *follower) Replace(list []any, _ string) error {
 	}
 	f.source.mu.Lock()
 	defer f.source.mu.Unlock()
-	there := make(map[manifest.Key]struct{}, len(all))
+	there := make(map[objectName]struct{}, len(all))
 	for _, t := range all {
-		there[t.key] = struct{}{}
+		there[nameOf(t.key)] = struct{}{}
 		f.set(t)
 	}
-	for key := range f.items {
-		if _, ok := there[key]; !ok {
-			f.remove(key)
+	for name := range f.items {
+		if _, ok := there[name]; !ok {
+			f.remove(f.keyOf(name))
 		}
 	}
 	for name := range f.pods {
-		key := manifest.Key{Kind: f.kind, Namespace: name.namespace, Name: name.name}
-		if _, ok := there[key]; !ok {
-			f.remove(key)
+		if _, ok := there[name]; !ok {
+			f.remove(f.keyOf(name))
 		}
 	}
 	f.synced = true
@@ -177,42 +180,38 @@ func (f *follower) set(t *translated) {
 		f.remove(t.key)
 		return
 	}
-	fault, faulty := f.faults[t.key]
+	name, digest := nameOf(t.key), f.digest(t)
 	if t.object.Pod != nil {
-		name, digest := podName{t.key.Namespace, t.key.Name}, f.digest(t)
 		if old, ok := f.pods[name]; ok && old == digest {
 			return
 		}
 		// The key in the map shares the memory of the object that is delivered.
 		delete(f.pods, name)
 		f.pods[name] = digest
-		if delete(f.items, t.key); t.object.Node == f.source.opts.Node {
-			f.items[t.key] = item{uid: t.uid}
+		if delete(f.items, name); t.object.Node == f.source.opts.Node {
+			f.items[name] = item{uid: t.uid}
 		}
 	} else {
-		old, ok := f.items[t.key]
-		if ok && old.uid == t.uid && fault == t.fault && reflect.DeepEqual(*old.object, t.object) {
+		now := item{digest, t.uid}
+		if old, ok := f.items[name]; ok && old == now {
 			return
 		}
-		object := t.object // without the rest of t
-		f.items[t.key] = item{&object, t.uid}
+		delete(f.items, name)
+		f.items[name] = now
 	}
-	if faulty {
-		delete(f.faults, t.key)
-	}
-	if t.fault != "" {
+	if delete(f.faults, t.key); t.fault != "" {
 		f.faults[t.key] = t.fault
 	}
 	f.touch(t.key, &t.object)
 }
 
 func (f *follower) remove(key manifest.Key) {
-	name := podName{key.Namespace, key.Name}
+	name := nameOf(key)
 	_, isPod := f.pods[name]
-	if _, ok := f.items[key]; !ok && !isPod {
+	if _, ok := f.items[name]; !ok && !isPod {
 		return
 	}
-	delete(f.items, key)
+	delete(f.items, name)
 	delete(f.pods, name)
 	delete(f.faults, key)
 	f.touch(key, nil)

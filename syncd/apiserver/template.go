@@ -4,6 +4,7 @@
 package apiserver
 
 import (
+	"encoding/json"
 	"fmt"
 	"hash/maphash"
 	"unique"
@@ -52,13 +53,18 @@ func (f *follower) share(o *manifest.Object) {
 	p.Labels, p.Ports = m.labels, m.ports
 }
 
-// digest is equal for pods that nobody could tell apart.
+// digest is equal for objects that nobody could tell apart.
 func (f *follower) digest(t *translated) uint64 {
 	var h maphash.Hash
 	h.SetSeed(f.seed)
 	rest := t.object
-	rest.Pod = nil
-	// It writes to memory, which does not fail.
-	_, _ = fmt.Fprintf(&h, "%#v %#v %q", rest, *t.object.Pod, t.fault)
+	rest.Policy, rest.Pod, rest.Namespace, rest.Service, rest.EndpointSlice = nil, nil, nil, nil, nil
+	// It writes to memory, which does not fail, and there is nothing that has no
+	// JSON. Pods, of which there are most, have no pointers in them.
+	_, _ = fmt.Fprintf(&h, "%#v %q", rest, t.fault)
+	if t.object.Pod != nil {
+		_, _ = fmt.Fprintf(&h, "%#v", *t.object.Pod)
+	}
+	_ = json.NewEncoder(&h).Encode([]any{t.object.Policy, t.object.Namespace, t.object.Service, t.object.EndpointSlice})
 	return h.Sum64()
 }

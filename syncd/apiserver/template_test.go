@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"sigs.k8s.io/randfill"
+
 	"github.com/podgate/podgate/bpf/policy"
 	"github.com/podgate/podgate/syncd/manifest"
 )
@@ -83,6 +85,91 @@ func TestDigest(t *testing.T) {
 	}
 	each(func(p *translated) reflect.Value { return reflect.ValueOf(&p.object).Elem() })
 	each(func(p *translated) reflect.Value { return reflect.ValueOf(p.object.Pod).Elem() })
+}
+
+// TestDigestDeep asks the same of what a policy, a Service and its endpoints
+// have in them, however deep.
+func TestDigestDeep(t *testing.T) {
+	f := &follower{seed: maphash.MakeSeed(), templates: make(templates)}
+	made := func(seed int64) manifest.Object {
+		fill := filler(seed).NilChance(0).NumElements(1, 1)
+		var o manifest.Object
+		fill.Funcs(
+			func(a *netip.Addr, c randfill.Continue) { *a = netip.AddrFrom4([4]byte{10, 0, 0, byte(c.Intn(256))}) },
+			func(p *netip.Prefix, c randfill.Continue) {
+				*p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(c.Intn(256))}), 32)
+			},
+			func(*policy.Pod, randfill.Continue) {},
+			func(*time.Time, randfill.Continue) {},
+		).Fill(&o)
+		return o
+	}
+	object := made(1)
+	same := f.digest(&translated{object: object})
+	copied := made(1)
+	if f.digest(&translated{object: copied}) != same {
+		t.Error("the digest of equal objects differs")
+	}
+	var leaves int
+	for _, v := range []reflect.Value{
+		reflect.ValueOf(object.Policy), reflect.ValueOf(object.Namespace), reflect.ValueOf(object.Service), reflect.ValueOf(object.EndpointSlice),
+	} {
+		eachLeaf(v, v.Type().String(), func(what string, at reflect.Value) {
+			leaves++
+			old := reflect.New(at.Type()).Elem()
+			old.Set(at)
+			switch v := at.Addr().Interface().(type) {
+			case *netip.Addr:
+				*v = v.Next()
+			case *netip.Prefix:
+				*v = netip.PrefixFrom(v.Addr(), 31)
+			default:
+				switch at.Kind() {
+				case reflect.String:
+					at.SetString(at.String() + "x")
+				case reflect.Bool:
+					at.SetBool(!at.Bool())
+				case reflect.Uint8, reflect.Uint16:
+					at.SetUint(at.Uint() ^ 1)
+				case reflect.Int32:
+					at.SetInt(at.Int() ^ 1)
+				default:
+					t.Fatalf("%s is of type %s", what, at.Type())
+				}
+			}
+			if f.digest(&translated{object: object}) == same {
+				t.Errorf("the digest does not tell %s", what)
+			}
+			at.Set(old)
+		})
+	}
+	if leaves < 30 {
+		t.Errorf("%d fields", leaves)
+	}
+}
+
+// eachLeaf visits what has no parts.
+func eachLeaf(v reflect.Value, what string, visit func(string, reflect.Value)) {
+	switch v.Type() {
+	case reflect.TypeFor[netip.Addr](), reflect.TypeFor[netip.Prefix]():
+		visit(what, v)
+		return
+	}
+	switch v.Kind() {
+	case reflect.Pointer:
+		eachLeaf(v.Elem(), what, visit)
+	case reflect.Struct:
+		for i := range v.NumField() {
+			eachLeaf(v.Field(i), what+"."+v.Type().Field(i).Name, visit)
+		}
+	case reflect.Slice, reflect.Array:
+		for i := range v.Len() {
+			eachLeaf(v.Index(i), what+"[]", visit)
+		}
+	case reflect.Map: // of labels, as a pod has
+	default:
+		visit(what, v)
+	}
 }
 
 // TestShare asks that pods which say the same share it, and that no other does.
