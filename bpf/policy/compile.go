@@ -252,36 +252,30 @@ func (p *pass) classifyPlaces() {
 		}
 	}
 	if p.regrouped {
-		for a := range p.places {
+		for a := range p.holders {
 			p.classifyPlace(a)
 		}
 	}
 }
 
 func (p *pass) classifyPlace(a netip.Addr) {
-	at := p.places[a]
-	was := at
-	at.class, at.owner = nil, 0
+	x, was := p.holders[a], p.places[a]
+	var at place
 	// A pod that nothing matches needs no entry: the prefixes tell all.
-	if at.pod != nil && at.pod.profile.class != p.classes.zero {
-		at.class = p.classes.union(at.pod.profile.class, p.prefixes.class(exact(a), p.classes.zero))
-		at.owner = at.pod.owner
+	if x != nil && x.profile.class != p.classes.zero {
+		at = place{p.classes.union(x.profile.class, p.prefixes.class(exact(a), p.classes.zero)), x.owner}
 	}
-	if at.pod == nil {
-		delete(p.places, a)
-	}
-	if at.class == was.class && at.owner == was.owner {
+	if at == was {
 		return
 	}
 	p.classes.replace(was.class, at.class)
 	if at.class == nil {
+		delete(p.places, a)
 		p.u.GonePeers = append(p.u.GonePeers, PeerKey{Prefix: exact(a), Exact: true})
-	} else {
-		p.u.Peers = append(p.u.Peers, at.entry(a))
+		return
 	}
-	if at.pod != nil {
-		p.places[a] = at
-	}
+	p.places[a] = at
+	p.u.Peers = append(p.u.Peers, at.entry(a))
 }
 
 func exact(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

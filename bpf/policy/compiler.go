@@ -16,7 +16,8 @@ type Compiler struct {
 	profiles   map[Digest]*profile
 	local      map[*profile]struct{} // profiles with pods of this node
 	pods       map[PodKey]*pod
-	places     map[netip.Addr]place
+	holders    map[netip.Addr]*pod   // pods by each address that they have
+	places     map[netip.Addr]place  // addresses in the tables
 	rivals     map[netip.Addr][]*pod // addresses that several pods claim
 
 	policies map[string]*policy // by UID
@@ -58,6 +59,7 @@ func NewCompiler() *Compiler {
 		profiles:    map[Digest]*profile{},
 		local:       map[*profile]struct{}{},
 		pods:        map[PodKey]*pod{},
+		holders:     map[netip.Addr]*pod{},
 		places:      map[netip.Addr]place{},
 		rivals:      map[netip.Addr][]*pod{},
 		policies:    map[string]*policy{},

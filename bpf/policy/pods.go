@@ -39,11 +39,11 @@ type profile struct {
 type pod struct {
 	key         PodKey
 	profile     *profile // nil on the host network
-	slot        int      // in profile.pods
 	addresses   []netip.Addr
+	local       *localPod // nil on other nodes
+	slot        uint32    // in profile.pods
 	owner       uint16
 	terminating bool
-	local       *localPod // nil on other nodes
 }
 
 type localPod struct {
@@ -51,16 +51,14 @@ type localPod struct {
 	audit     bool
 }
 
-// place is an address that a pod has or had in the tables.
+// place is what the tables say of an address; without a class it is not there.
 type place struct {
-	pod *pod // nil when nobody has it any more
-	// class and owner as in the tables; class is nil when not there.
 	class *class
 	owner uint16
 }
 
 func (p *profile) add(x *pod) {
-	x.profile, x.slot = p, len(p.pods)
+	x.profile, x.slot = p, uint32(len(p.pods))
 	p.pods = append(p.pods, x)
 	if x.local != nil {
 		p.local++
@@ -151,18 +149,27 @@ func (c *Compiler) namespaceOf(name string) *namespace {
 
 func undescribed(name string) labelSet { return makeLabels(map[string]string{nameLabel: name}) }
 
+// Holder answers the pod whose an address is, as of the last change; of several
+// that have it, the one that is taken to.
+func (c *Compiler) Holder(a netip.Addr) (PodKey, bool) {
+	x := c.holders[a]
+	if x == nil {
+		return "", false
+	}
+	return x.key, true
+}
+
 // claim records that a pod has an address. Two pods may for a while: an
 // address is given out again while its former pod is still being deleted.
 func (c *Compiler) claim(a netip.Addr, x *pod) {
-	at := c.places[a]
+	holder := c.holders[a]
 	switch rivals := c.rivals[a]; {
 	case rivals != nil:
 		c.rivals[a] = append(rivals, x)
-	case at.pod != nil:
-		c.rivals[a] = []*pod{at.pod, x}
+	case holder != nil:
+		c.rivals[a] = []*pod{holder, x}
 	default:
-		at.pod = x
-		c.places[a] = at
+		c.holders[a] = x
 	}
 	c.elect(a)
 }
@@ -172,9 +179,7 @@ func (c *Compiler) disclaim(a netip.Addr, x *pod) {
 	if rivals := c.rivals[a]; rivals != nil {
 		c.rivals[a] = slices.DeleteFunc(rivals, func(y *pod) bool { return y == x })
 	} else {
-		at := c.places[a]
-		at.pod = nil
-		c.places[a] = at
+		delete(c.holders, a)
 	}
 	c.elect(a)
 }
@@ -187,15 +192,14 @@ func (c *Compiler) elect(a netip.Addr) {
 	if len(rivals) == 0 {
 		return
 	}
-	at := c.places[a]
-	at.pod = rivals[len(rivals)-1]
+	holder := rivals[len(rivals)-1]
 	for _, x := range slices.Backward(rivals) {
 		if !x.terminating {
-			at.pod = x
+			holder = x
 			break
 		}
 	}
-	c.places[a] = at
+	c.holders[a] = holder
 	if len(rivals) == 1 {
 		delete(c.rivals, a)
 	}

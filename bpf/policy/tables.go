@@ -83,9 +83,7 @@ func (c *Compiler) dump() Update {
 	}
 	c.prefixes.all(func(n *node) { u.Peers = append(u.Peers, n.entry()) })
 	for a, at := range c.places {
-		if at.class != nil {
-			u.Peers = append(u.Peers, at.entry(a))
-		}
+		u.Peers = append(u.Peers, at.entry(a))
 	}
 	for _, s := range c.tables.subjects {
 		u.Subjects = append(u.Subjects, s.Subject)

@@ -59,8 +59,8 @@ type contest struct {
 type candidates struct {
 	pods        map[policy.PodKey]*record
 	inNamespace map[string]int
-	// holders are who claims an address alone, rivals who do with others.
-	holders  map[netip.Addr]*record
+	// rivals are who claim an address together. Who does alone is known to the
+	// compiler.
 	rivals   map[netip.Addr][]policy.PodKey
 	contests map[netip.Addr]*contest
 	ignored  map[policy.PodKey]struct{}
@@ -72,7 +72,6 @@ func newCandidates() candidates {
 	return candidates{
 		pods:        make(map[policy.PodKey]*record),
 		inNamespace: make(map[string]int),
-		holders:     make(map[netip.Addr]*record),
 		rivals:      make(map[netip.Addr][]policy.PodKey),
 		contests:    make(map[netip.Addr]*contest),
 		ignored:     make(map[policy.PodKey]struct{}),
@@ -90,7 +89,7 @@ func (i *Inventory) namespacesChanged(dirty map[policy.PodKey]struct{}) map[stri
 		}
 		out[key.Name] = struct{}{}
 		o := i.objects[key]
-		audit := o != nil && o.Audit
+		audit := o != nil && o.audit
 		if audit == i.candidates.audited[key.Name] {
 			continue
 		}
@@ -109,27 +108,31 @@ func (i *Inventory) namespacesChanged(dirty map[policy.PodKey]struct{}) map[stri
 // namespace is the one of a name, if it has an object or pods.
 func (i *Inventory) namespace(name string) (policy.Namespace, bool) {
 	if o, ok := i.objects[manifest.Key{Kind: manifest.KindNamespace, Name: name}]; ok {
-		return *o.Namespace, true
+		return *o.namespace, true
 	}
 	return manifest.NamespaceOf(name, nil), i.candidates.inNamespace[name] > 0
 }
 
-// proposal is what has become of candidates: the pods that may differ, with the
-// addresses that they claim or claimed, and what the compiler has of those that
+// proposal is what has become of candidates: the pods that may differ, who claims
+// the addresses that they claim or claimed, and what the compiler has of those that
 // are gone.
 type proposal struct {
-	pods    map[policy.PodKey]struct{}
-	touched map[netip.Addr]struct{}
-	gone    map[policy.PodKey]*policy.Pod
+	candidates *candidates
+	compiler   *policy.Compiler
+	pods       map[policy.PodKey]struct{}
+	claims     map[netip.Addr][]policy.PodKey
+	gone       map[policy.PodKey]*policy.Pod
 }
 
 // propose brings the candidates of some keys up to date, and adds the namespaces
 // that got their first pod or lost their last.
-func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[string]struct{}) proposal {
-	c := &i.candidates
-	out := proposal{make(map[policy.PodKey]struct{}), make(map[netip.Addr]struct{}), make(map[policy.PodKey]*policy.Pod)}
+func (i *Inventory) propose(c *policy.Compiler, keys map[policy.PodKey]struct{}, namespaces map[string]struct{}) *proposal {
+	out := &proposal{
+		candidates: &i.candidates, compiler: c, pods: make(map[policy.PodKey]struct{}),
+		claims: make(map[netip.Addr][]policy.PodKey), gone: make(map[policy.PodKey]*policy.Pod),
+	}
 	for key := range keys {
-		before, now := c.pods[key], i.candidate(key)
+		before, now := i.candidates.pods[key], i.candidate(key)
 		if before == nil && now == nil || before != nil && now != nil && before.equal(now) {
 			continue
 		}
@@ -137,11 +140,11 @@ func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[stri
 		var given *policy.Pod
 		if before != nil {
 			given = before.given
-			c.remove(before, out.touched, namespaces)
+			out.remove(before, namespaces)
 		}
 		if now != nil {
 			now.given = given
-			c.add(now, out.touched, namespaces)
+			out.add(now, namespaces)
 		} else if given != nil {
 			out.gone[key] = given
 		}
@@ -149,62 +152,51 @@ func (i *Inventory) propose(keys map[policy.PodKey]struct{}, namespaces map[stri
 	return out
 }
 
-func (c *candidates) add(p *record, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
-	c.pods[p.Key] = p
-	if c.inNamespace[p.Namespace]++; c.inNamespace[p.Namespace] == 1 {
-		namespaces[p.Namespace] = struct{}{}
+func (p *proposal) add(r *record, namespaces map[string]struct{}) {
+	c := p.candidates
+	c.pods[r.Key] = r
+	if c.inNamespace[r.Namespace]++; c.inNamespace[r.Namespace] == 1 {
+		namespaces[r.Namespace] = struct{}{}
 	}
-	if p.ignored {
-		c.ignored[p.Key] = struct{}{}
+	if r.ignored {
+		c.ignored[r.Key] = struct{}{}
 	}
-	if !p.HostNetwork {
-		for _, a := range p.Addresses {
-			c.claim(a, p)
-			touched[a] = struct{}{}
+	if !r.HostNetwork {
+		for _, a := range r.Addresses {
+			p.claims[a] = append(p.claimants(a), r.Key)
 		}
 	}
 }
 
-func (c *candidates) remove(p *record, touched map[netip.Addr]struct{}, namespaces map[string]struct{}) {
-	delete(c.pods, p.Key)
-	delete(c.ignored, p.Key)
-	if c.inNamespace[p.Namespace]--; c.inNamespace[p.Namespace] == 0 {
-		delete(c.inNamespace, p.Namespace)
-		namespaces[p.Namespace] = struct{}{}
+func (p *proposal) remove(r *record, namespaces map[string]struct{}) {
+	c := p.candidates
+	delete(c.pods, r.Key)
+	delete(c.ignored, r.Key)
+	if c.inNamespace[r.Namespace]--; c.inNamespace[r.Namespace] == 0 {
+		delete(c.inNamespace, r.Namespace)
+		namespaces[r.Namespace] = struct{}{}
 	}
-	if !p.HostNetwork {
-		for _, a := range p.Addresses {
-			c.disclaim(a, p.Key)
-			touched[a] = struct{}{}
+	if !r.HostNetwork {
+		for _, a := range r.Addresses {
+			p.claims[a] = slices.DeleteFunc(p.claimants(a), func(k policy.PodKey) bool { return k == r.Key })
 		}
 	}
 }
 
-func (c *candidates) claim(a netip.Addr, p *record) {
-	holder := c.holders[a]
-	switch {
-	case len(c.rivals[a]) > 0:
-		c.rivals[a] = append(c.rivals[a], p.Key)
-	case holder != nil:
-		c.rivals[a] = []policy.PodKey{holder.Key, p.Key}
-		delete(c.holders, a)
-	default:
-		c.holders[a] = p
+// claimants are who claims an address.
+func (p *proposal) claimants(a netip.Addr) []policy.PodKey {
+	if claims, touched := p.claims[a]; touched {
+		return claims
 	}
-}
-
-func (c *candidates) disclaim(a netip.Addr, key policy.PodKey) {
-	if holder := c.holders[a]; holder != nil && holder.Key == key {
-		delete(c.holders, a)
-		return
+	if rivals := p.candidates.rivals[a]; rivals != nil {
+		return rivals
 	}
-	rest := slices.DeleteFunc(c.rivals[a], func(k policy.PodKey) bool { return k == key })
-	if c.rivals[a] = rest; len(rest) == 1 {
-		c.holders[a] = c.pods[rest[0]]
+	// The compiler may have refused to let go of it, or of its pod.
+	key, held := p.compiler.Holder(a)
+	if r := p.candidates.pods[key]; held && r != nil && !r.HostNetwork && slices.Contains(r.Addresses, a) {
+		return []policy.PodKey{key}
 	}
-	if len(rest) < 2 {
-		delete(c.rivals, a)
-	}
+	return nil
 }
 
 // candidate is what object and endpoints of a key amount to; nil without any.
@@ -266,9 +258,12 @@ func unlisted(key policy.PodKey, endpoints []pinning.Endpoint) *policy.Pod {
 
 // settle decides the contests about addresses, and adds to the pods that may
 // differ those that win or lose one.
-func (i *Inventory) settle(p *proposal) {
-	c := &i.candidates
-	for a := range p.touched {
+func (p *proposal) settle() {
+	c := p.candidates
+	for a, claims := range p.claims {
+		if delete(c.rivals, a); len(claims) > 1 {
+			c.rivals[a] = claims
+		}
 		before := c.contests[a]
 		delete(c.contests, a)
 		now := c.contest(a)

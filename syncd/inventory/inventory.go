@@ -47,11 +47,11 @@ type Inventory struct {
 	opts Options
 	// listed are the Pods, objects all others.
 	listed  map[podName]*record
-	objects map[manifest.Key]*manifest.Object
+	objects map[manifest.Key]*object
 	// What has changed since the last Update, and what it was then; nil is
 	// nothing.
 	relisted  map[podName]*record
-	changed   map[manifest.Key]*manifest.Object
+	changed   map[manifest.Key]*object
 	endpoints []pinning.Endpoint
 
 	// What follows from them, as of the last Update.
@@ -78,9 +78,9 @@ func New(opts Options) *Inventory {
 	return &Inventory{
 		opts:       opts,
 		listed:     make(map[podName]*record),
-		objects:    make(map[manifest.Key]*manifest.Object),
+		objects:    make(map[manifest.Key]*object),
 		relisted:   make(map[podName]*record),
-		changed:    make(map[manifest.Key]*manifest.Object),
+		changed:    make(map[manifest.Key]*object),
 		identities: newIdentities(),
 		candidates: newCandidates(),
 		policies:   make(map[string]*policy.Policy),
@@ -89,6 +89,13 @@ func New(opts Options) *Inventory {
 		bindings:   make(map[pinning.AttachmentKey]policy.PodKey),
 		refused:    make(map[manifest.Key]error),
 	}
+}
+
+// object is what there is to know of an object that is no Pod.
+type object struct {
+	policy    *policy.Policy
+	namespace *policy.Namespace
+	audit     bool
 }
 
 // podName is the key of a Pod.
@@ -134,7 +141,7 @@ func (i *Inventory) Apply(b source.Batch) {
 			i.listed[l.name()] = l
 		case o.Policy != nil || o.Namespace != nil:
 			remember(i.changed, i.objects, o.Key)
-			i.objects[o.Key] = &o
+			i.objects[o.Key] = &object{o.Policy, o.Namespace, o.Audit}
 		}
 	}
 }
@@ -159,8 +166,8 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 	affected, dirty := i.identify()
 	i.attach(affected, dirty)
 	namespaces := i.namespacesChanged(dirty)
-	proposed := i.propose(dirty, namespaces)
-	i.settle(&proposed)
+	proposed := i.propose(c, dirty, namespaces)
+	proposed.settle()
 
 	var gone []string
 	for name := range namespaces {
@@ -192,7 +199,7 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 		delete(i.namespaces, name)
 	}
 	// A map that was cleared keeps the room for as many as it ever had.
-	i.relisted, i.changed = make(map[podName]*record), make(map[manifest.Key]*manifest.Object)
+	i.relisted, i.changed = make(map[podName]*record), make(map[manifest.Key]*object)
 	return i.problems()
 }
 
@@ -200,22 +207,22 @@ func (i *Inventory) Update(c *policy.Compiler) []source.Problem {
 func (i *Inventory) updatePolicies(c *policy.Compiler) {
 	for key := range i.changed {
 		o, ok := i.objects[key]
-		if !ok || o.Policy == nil {
+		if !ok || o.policy == nil {
 			continue
 		}
-		if p := o.Policy; i.policies[p.UID] != p {
+		if p := o.policy; i.policies[p.UID] != p {
 			i.note(key, c.SetPolicy(*p))
 			i.policies[p.UID] = p
 			i.origins[p.UID] = key
 		}
 	}
 	for key, was := range i.changed {
-		if was == nil || was.Policy == nil || i.origins[was.Policy.UID] != key {
+		if was == nil || was.policy == nil || i.origins[was.policy.UID] != key {
 			continue
 		}
-		uid := was.Policy.UID
+		uid := was.policy.UID
 		o, ok := i.objects[key]
-		if ok && o.Policy != nil && o.Policy.UID == uid {
+		if ok && o.policy != nil && o.policy.UID == uid {
 			continue
 		}
 		c.DeletePolicy(uid)

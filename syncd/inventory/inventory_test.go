@@ -462,8 +462,8 @@ func summary(u policy.Update) (out []string) {
 
 // contents are the objects of an inventory.
 func contents(i *Inventory) (out []manifest.Object) {
-	for _, o := range i.objects {
-		out = append(out, *o)
+	for key, o := range i.objects {
+		out = append(out, manifest.Object{Key: key, Policy: o.policy, Namespace: o.namespace, Audit: o.audit})
 	}
 	for _, l := range i.listed {
 		o := manifest.Object{
