@@ -31,7 +31,7 @@ type Table struct {
 	services map[manifest.Key]*manifest.Service
 	slices   map[manifest.Key]*manifest.EndpointSlice
 	// of are the slices of each Service.
-	of map[name]map[manifest.Key]*manifest.EndpointSlice
+	of map[name][]*manifest.EndpointSlice
 	// served are the ports that each Service has a part in, as Ports has
 	// answered them last; nil if frontends may have changed since.
 	served map[name][]*port
@@ -52,7 +52,7 @@ type port struct {
 func NewTable() *Table {
 	return &Table{
 		services: make(map[manifest.Key]*manifest.Service), slices: make(map[manifest.Key]*manifest.EndpointSlice),
-		of: make(map[name]map[manifest.Key]*manifest.EndpointSlice), moved: make(map[name]struct{}),
+		of: make(map[name][]*manifest.EndpointSlice), moved: make(map[name]struct{}),
 	}
 }
 
@@ -84,7 +84,7 @@ func (t *Table) Apply(b source.Batch) (changed bool) {
 func (t *Table) setSlice(k manifest.Key, s *manifest.EndpointSlice) {
 	if old := t.slices[k]; old != nil {
 		of := name{old.Namespace, old.Service}
-		if delete(t.of[of], k); len(t.of[of]) == 0 {
+		if t.of[of] = slices.DeleteFunc(t.of[of], func(s *manifest.EndpointSlice) bool { return s == old }); len(t.of[of]) == 0 {
 			delete(t.of, of)
 		}
 		t.moved[of] = struct{}{}
@@ -94,10 +94,7 @@ func (t *Table) setSlice(k manifest.Key, s *manifest.EndpointSlice) {
 		return
 	}
 	of := name{s.Namespace, s.Service}
-	if t.of[of] == nil {
-		t.of[of] = make(map[manifest.Key]*manifest.EndpointSlice, 1)
-	}
-	t.slices[k], t.of[of][k] = s, s
+	t.slices[k], t.of[of] = s, append(t.of[of], s)
 	t.moved[of] = struct{}{}
 }
 
