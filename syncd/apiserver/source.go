@@ -147,7 +147,7 @@ func (s *Source) Run(ctx context.Context, deliver func(source.Batch)) error {
 		batch := s.take()
 		if len(batch.Set)+len(batch.Gone) > 0 || !slices.Equal(batch.Problems, standing.Problems) || !slices.Equal(batch.Pending, standing.Pending) {
 			deliver(batch)
-			standing = batch
+			standing = source.Batch{Problems: batch.Problems, Pending: batch.Pending} // not all the objects
 		}
 	}
 }
