@@ -13,8 +13,6 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"runtime/debug"
-	runtimemetrics "runtime/metrics"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -86,29 +84,6 @@ What is enforced stays when this process ends, however it ends.`,
 	return cmd
 }
 
-// The daemon runs on every node and keeps something of every pod of the cluster:
-// what it has no use for any more may be a quarter of what it keeps, but so much
-// that the collector has not to run all the time where that is little.
-const (
-	garbagePercent = 25
-	garbageLeast   = 16 << 20
-)
-
-// tuneCollector answers what to call now and then to have it so. GOGC in the
-// environment overrides it.
-func tuneCollector() func() {
-	live := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}}
-	now := 100
-	return func() {
-		runtimemetrics.Read(live)
-		percent := min(100, max(garbagePercent, int(garbageLeast*100/max(1, live[0].Value.Uint64()))))
-		if percent != now {
-			debug.SetGCPercent(percent)
-			now = percent
-		}
-	}
-}
-
 // capacityFlags are those of the commands that make an instance. An instance
 // that exists keeps the capacity it has.
 func capacityFlags(flags *pflag.FlagSet, c *pinning.Capacity) {
@@ -137,10 +112,6 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	logger := a.logger()
 	if err := f.origin.complete(a.Getenv); err != nil {
 		return err
-	}
-	tune := func() {}
-	if a.Getenv("GOGC") == "" {
-		tune = tuneCollector()
 	}
 	run, err := status.Acquire(a.runDirectory())
 	if err != nil {
@@ -173,7 +144,6 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 			s.PID, s.Version, s.Started = os.Getpid(), version, started
 			s.Origin, s.Once = f.origin.Origin, f.once
 			health.Report(s)
-			tune()
 			if err := run.Write(s); err != nil {
 				logger.Error("status not written", "error", err)
 			}
@@ -197,6 +167,12 @@ func (a *app) sync(ctx context.Context, f syncFlags) (err error) {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return daemon.Run(ctx) })
+	if a.Getenv("GOGC") == "" && a.Getenv("GOMEMLIMIT") == "" { // which know better
+		g.Go(func() error {
+			limitMemory(ctx)
+			return nil
+		})
+	}
 	if f.metrics != "" {
 		server := metrics.Server{Gatherer: metrics.NewRegistry(figures), Health: health, Profiles: f.pprof}
 		g.Go(func() error { return server.Serve(ctx, f.metrics) })
