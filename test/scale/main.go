@@ -273,6 +273,9 @@ func measure(ctx context.Context, o options, s size) (r result, err error) {
 		if err != nil {
 			return err
 		}
+		if err := n.profile(ctx, o.profiles, "/debug/pprof/allocs", fmt.Sprintf("allocs-%d.pprof", s.Pods)); err != nil {
+			return err
+		}
 		r.Rate = float64(n.server.frames.Load()-frames) / took
 		r.Bytes = float64(n.server.bytes.Load()-bytes) / took
 		r.CPU = (after.CPU - before.CPU).Seconds() / took
