@@ -261,8 +261,9 @@ func samePod(a, b *policy.Pod) bool {
 }
 
 // Bindings answers the pod of each endpoint, as of the last Update. An endpoint
-// whose pod is not known yet is missing.
-func (i *Inventory) Bindings() map[pinning.AttachmentKey]policy.PodKey { return maps.Clone(i.bindings) }
+// whose pod is not known yet is missing. The answer is not to be changed, and is
+// not changed by the next Update.
+func (i *Inventory) Bindings() map[pinning.AttachmentKey]policy.PodKey { return i.bindings }
 
 // Pods answers all pods as of the last Update, by namespace and name.
 func (i *Inventory) Pods() []policy.Pod {
