@@ -23,18 +23,26 @@ const (
 	garbageLeast    = 16 << 20
 )
 
-// tuneInterval is how often the limits follow what is kept.
-const tuneInterval = time.Second
+// tuneInterval is how often the limits follow what is kept, steadyTicks how many
+// times it has not grown before it is taken for all there is to keep.
+const (
+	tuneInterval = time.Second
+	steadyTicks  = 4
+)
 
 // heap is what the process has in memory, in bytes.
 type heap struct {
-	// live is what the collector found in use when it last looked, before what it
-	// was a second ago.
-	live, before uint64
+	// live is what the collector found in use when it last looked, and steady how
+	// many times that was not more than before.
+	live   uint64
+	steady int
 	// taken is all that the runtime has from the system, of which objects are the
 	// heap's, garbage included, and free is what it could give back.
 	taken, objects, free uint64
 }
+
+// grown tells whether notably more is in use than before.
+func (h heap) grown(before uint64) bool { return h.live > before+before/16+garbageLeast/4 }
 
 // limits are how much garbage there may be, in percent of what is in use, and what
 // the runtime may take from the system. To start takes twice what there is to keep,
@@ -42,7 +50,7 @@ type heap struct {
 // hold on to most of that. There is none while more and more is in use.
 func (h heap) limits() (percent int, most int64) {
 	percent = min(100, int(garbageLeast*100/max(1, h.live)))
-	if h.live == 0 || h.live > h.before+h.before/16 {
+	if h.steady < steadyTicks {
 		return max(garbageStarting, percent), math.MaxInt64
 	}
 	percent = max(garbagePercent, percent)
@@ -64,10 +72,23 @@ func limitMemory(ctx context.Context) {
 		percent int
 		most    int64 = math.MaxInt64
 	)
-	for {
+	read := func() {
 		metrics.Read(samples)
 		of := func(i int) uint64 { return samples[i].Value.Uint64() }
-		h = heap{live: of(0), before: h.live, taken: of(1) - of(2), objects: of(3), free: of(4)}
+		h.live, h.taken, h.objects, h.free = of(0), of(1)-of(2), of(3), of(4)
+	}
+	for {
+		before := h.live
+		read()
+		if h.steady++; h.grown(before) {
+			h.steady = 0
+		}
+		if h.steady == steadyTicks {
+			// What it grew by may have been garbage since, which nothing collects
+			// where nothing happens.
+			debug.FreeOSMemory()
+			read()
+		}
 		p, m := h.limits()
 		if p != percent {
 			debug.SetGCPercent(p)
