@@ -252,7 +252,8 @@ func (p *pass) classifyPlaces() {
 		}
 	}
 	if p.regrouped {
-		for a := range p.holders {
+		// Others have no entry, whatever covers them.
+		for a := range p.places {
 			p.classifyPlace(a)
 		}
 	}
